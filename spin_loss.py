@@ -1,0 +1,124 @@
+"""The objective: log p_θ(y|x), the SPIN loss on top of it, and what the theory says it reaches.
+
+    L(θ) = E_{x, y~p_data, y'~p_t} ℓ( λ log p_θ(y|x)/p_t(y|x) − λ log p_θ(y'|x)/p_t(y'|x) )
+
+Equation and theorem numbers are those of Chen et al., arXiv 2401.01335.
+Reading order: `token_logps` → `sequence_logps` → `answer_logps` (the same, sharing prompts) →
+`spin_loss` → `mass_anchor` → `optimal_next_policy` → `loss_floor`.
+
+Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, N flat tokens or answers,
+P prompts, D width, V vocabulary, K answers that a prompt may get. Log-probabilities are in nats.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+LOSSES = ("logistic", "hinge", "exponential", "correlation", "space")
+
+
+def token_logps(hidden_ND, weight_VD, targets_N, impl="eager"):
+    """log p(target) = z_target − log Σ_v exp z_v, logits z = hidden @ weightᵀ. Float32 [N], nats."""
+    if impl != "eager":
+        raise ValueError(f"impl is {impl!r}; this version knows only 'eager'")
+    logits_NV = (hidden_ND @ weight_VD.T).float()
+    return logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
+
+
+def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
+    """log p_θ(y|x) = Σ_k log p_θ(y_k | x, y_<k): a sum over the response, END included. [B], nats.
+
+    response_BT is True on the tokens of y, END among them; prompt and padding add nothing.
+    """
+    hidden_BSD = model.hidden(tokens_BT[:, :-1])  # Position i has read tokens 0…i, …
+    target_BS, scored_BS = tokens_BT[:, 1:], response_BT[:, 1:]  # … so it scores token i+1.
+    logp_N = token_logps(hidden_BSD[scored_BS], model.head_weight, target_BS[scored_BS], impl)
+    row_N = scored_BS.nonzero()[:, 0]
+    return logp_N.new_zeros(len(tokens_BT)).index_add(0, row_N, logp_N)
+
+
+def answer_logps(model, answers, impl="eager", groups=4):
+    """log p_θ(y|x) of N answers to P prompts, [N], nats: `sequence_logps`, several times faster.
+
+    A prompt is read once, and all of its answers continue from its keys and values; answers are
+    read in groups of like length, so that short ones are not padded to the longest.
+    `answers` is a data.answers.Answers.
+    """
+    length_P = answers.prompt_length_P - 1  # ANSWER, a prompt's last token, is read with each y:
+    cache = model.read(answers.prompt_PT, length_P)
+    first_P1 = answers.prompt_PT.gather(1, length_P[:, None])  # it is what predicts y's first.
+    logp_N = torch.zeros(len(answers.prompt_N), device=length_P.device)
+    for n in answers.length_N.argsort().chunk(groups):
+        length_n, prompt_n = answers.length_N[n], answers.prompt_N[n]
+        target_nS = answers.tokens_NS[n, :int(length_n.max())]
+        input_nS = torch.cat([first_P1[prompt_n], target_nS[:, :-1]], dim=1)  # shifted by one
+        scored_nS = torch.arange(target_nS.shape[1], device=n.device) < length_n[:, None]
+        hidden_nSD = model.hidden(input_nS, cache.rows(prompt_n))
+        logp = token_logps(hidden_nSD[scored_nS], model.head_weight, target_nS[scored_nS], impl)
+        logp_N = logp_N.index_add(0, n[scored_nS.nonzero()[:, 0]], logp)
+    return logp_N
+
+
+def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, lam,
+              loss="logistic", mu=1.0):
+    """ℓ(λ(r − r')) for each pair (y, y'), unreduced; arguments are log-probs in nats.
+
+    r = log p_θ(y|x)/p_t(y|x) is the real answer's log-ratio, r' the generated one's.
+    "space" is not a function of r − r' and has no λ (SPACE, arXiv 2512.07175, ratio μ).
+    """
+    real_B = policy_real_B - opponent_real_B
+    generated_B = policy_generated_B - opponent_generated_B
+    margin_B = lam * (real_B - generated_B)
+    if loss == "logistic":
+        return F.softplus(-margin_B)  # Eq. 4.7 with ℓ(u) = log(1 + e^−u)
+    if loss == "hinge":
+        return F.relu(1 - margin_B)
+    if loss == "exponential":
+        return torch.exp(-margin_B)
+    if loss == "correlation":
+        return 1 - margin_B
+    if loss == "space":  # −log σ_μ(r) − μ log σ_{1/μ}(−r'), σ_μ(u) = 1/(1 + μ e^−u)
+        return F.softplus(math.log(mu) - real_B) + mu * F.softplus(generated_B - math.log(mu))
+    raise ValueError(f"loss is {loss!r}; use one of {', '.join(LOSSES)}")
+
+
+def mass_anchor(policy_generated_N, opponent_generated_N, weight_N):
+    """(Σ_n weight_n p_θ(y'_n)/p_t(y'_n) − 1)²: what the relative loss cannot see.
+
+    Adding one constant to every log p_θ changes no margin, so SPIN lets probability leak to
+    strings that nobody sampled. But E_{y'~p_t}[p_θ(y')/p_t(y')] = Σ_y' p_θ(y') = 1 wherever p_t
+    covers p_θ, at Theorem 5.4's optimum too. So this penalty leaves that optimum where it is.
+    """
+    return ((weight_N * (policy_generated_N - opponent_generated_N).exp()).sum() - 1).square()
+
+
+def optimal_next_policy(logp_data_K, logp_opponent_K, lam):
+    """Theorem 5.4: p_{t+1} ∝ p_t (p_data/p_t)^{1/λ}, normalised over the last dimension. Nats.
+
+    Where p_data is 0 the prediction is 0. Raises ValueError where p_t is 0 and p_data is not
+    (the theorem supposes that p_t covers p_data), and for λ ≤ 0.
+
+    >>> half, data = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> optimal_next_policy(data, half, lam=1.0).exp()  # one step, all the way
+    tensor([0.9000, 0.1000])
+    >>> optimal_next_policy(data, half, lam=2.0).exp()  # √9 : √1
+    tensor([0.7500, 0.2500])
+    """
+    support_K = logp_data_K > -math.inf
+    if not lam > 0 or bool((support_K & (logp_opponent_K == -math.inf)).any()):
+        raise ValueError("Theorem 5.4 needs λ > 0, and p_t > 0 wherever p_data > 0")
+    score_K = (1 - 1 / lam) * logp_opponent_K + logp_data_K / lam
+    return score_K.masked_fill(~support_K, -math.inf).log_softmax(dim=-1)
+
+
+def loss_floor(logp_data_K, logp_opponent_K):
+    """Lemma C.2: min_θ L = log 2 − JSD(p₊‖p₋) for the logistic loss, whatever λ is. Nats.
+
+    p₊(y, y') = p_data(y) p_t(y'), p₋ the same with y and y' exchanged. Written out it is
+    Σ p₊ log(1 + p₋/p₊), to which answers outside the support of p_data add nothing: they may be
+    left out, and p_t then sums to less than 1. Reduces the last dimension.
+    """
+    plus_KK = logp_data_K[..., :, None] + logp_opponent_K[..., None, :]
+    minus_KK = logp_opponent_K[..., :, None] + logp_data_K[..., None, :]
+    ratio_KK = torch.where(plus_KK > -math.inf, minus_KK - plus_KK, 0.0)  # else 0 · log(0/0)
+    return (plus_KK.exp() * F.softplus(ratio_KK)).sum(dim=(-2, -1))
