@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from data.tokenizer import END, build_encoding, frame, parse_ranks
+from data.reader import InputError
+from data.tokenizer import END, build_encoding, dump_ranks, frame, parse_ranks
 from model import GPT, GPTConfig
 
 
@@ -75,3 +76,74 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
             cache, alive_B, last_B, room_B = (
                 cache.rows(going), alive_B[going], last_B[going], room_B[going])
     return [row[:n].tolist() for row, n in zip(answers.cpu(), (answers >= 0).sum(dim=1).tolist())]
+
+
+def save_checkpoint(path, model: GPT, world):
+    """Weights, sizes, tokenizer and p_data in one file, so that this script needs nothing else."""
+    encoding = world.encoding
+    torch.save({"model": model.state_dict(), "config": vars(model.config),
+                "ranks": dump_ranks(encoding._mergeable_ranks), "pattern": encoding._pat_str,
+                "world": json.dumps({row["prompt"]: row["responses"] for row in world.rows})},
+               f"{path}.tmp")
+    Path(f"{path}.tmp").replace(path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns (model, tiktoken.Encoding, {prompt: {response: p_data}}); InputError if unreadable."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location=device)
+        model = GPT(GPTConfig(**saved["config"])).to(device)
+        model.load_state_dict(saved["model"])
+        encoding = build_encoding(parse_ranks(saved["ranks"], str(path)), saved["pattern"])
+        return model, encoding, json.loads(saved["world"])
+    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path}: not a checkpoint that train.py wrote ({reason})") from None
+
+
+def main(args):
+    """Print, for each prompt, how often each saved iteration gives each response, beside p_data."""
+    paths = sorted(Path(args.out).glob("iteration_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
+    if not paths:
+        raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")
+    if args.samples < 1:
+        raise InputError(f"--samples {args.samples}: must be at least 1")
+    saved = [load_checkpoint(path) for path in paths]
+    world = saved[0][2]
+    for prompt in args.prompt or list(world)[::max(1, len(world) // 4)][:4]:
+        counts = []
+        for model, encoding, _ in saved:
+            rng = torch.Generator().manual_seed(args.seed)
+            tokens, _ = frame(encoding, prompt, "")
+            drawn = generate(model, [tokens] * args.samples, max_new_tokens=args.max_new_tokens,
+                             end_token=encoding.encode_single_token(END), generator=rng,
+                             temperature=args.temperature, top_k=args.top_k)
+            end = encoding.encode_single_token(END)
+            texts = (encoding.decode([token for token in y if token != end]) for y in drawn)
+            counts.append(Counter(texts))
+        data = world.get(prompt, {})
+        common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
+        head = "".join(f"{'p_' + path.stem.split('_')[1]:>8}" for path in paths)
+        print(f"\n{prompt}\n{'p_data':>10}{head}   response")
+        for y in dict.fromkeys([*data, *common]):
+            truth = f"{data[y]:>10.3f}" if y in data else f"{'0' if data else '?':>10}"
+            shares = "".join(f"{c[y] / args.samples:>8.3f}" for c in counts)
+            print(f"{truth}{shares}   {y!r}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Ask each saved iteration and compare its answers with p_data.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", default="out", help="folder of a run of train.py")
+    parser.add_argument("--prompt", action="append", help="what to ask; may be repeated")
+    parser.add_argument("--samples", type=int, default=1000, help="responses drawn from each model")
+    parser.add_argument("--show", type=int, default=8, help="most frequent responses to list")
+    parser.add_argument("--temperature", type=float, default=1.0, help="1 is p_θ itself")
+    parser.add_argument("--top-k", type=int, help="only the k likeliest tokens (not p_θ any more)")
+    parser.add_argument("--max-new-tokens", type=int, default=24, help="longest response")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    try:
+        main(parser.parse_args())
+    except ValueError as error:  # InputError, or generate's own checks
+        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)

@@ -84,6 +84,12 @@ class World:
         self.splits = {"train": torch.tensor(is_train.nonzero()[0], device=device)}
         if not is_train.all():
             self.splits["heldout"] = torch.tensor((~is_train).nonzero()[0], device=device)
+        # A few prompts to look at: one a family, held-out ones first, with few enough responses.
+        first = {}
+        for p in sorted(range(len(rows)), key=lambda p: rows[p]["split"] == "train"):
+            if len(rows[p]["responses"]) <= 6:
+                first.setdefault(rows[p]["family"], p)
+        self.shown = [*first.values(), *range(min(4, len(rows)))][:4]
         self.end_token = encoding.encode_single_token(END)
         # Two tokens beyond the longest response: enough to see that a sample is not one of them.
         self.max_new_tokens = 2 + max(len(y) for data in self.data for y in data)
