@@ -28,14 +28,15 @@ import tiktoken
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from data.exact import all_logps, evaluate
 from data.plot import draw_convergence, draw_gif
 from data.reader import WORLD, InputError, read_world
+from data.report import closing_table, greet, report, show_answers
 from data.responses import World
 from data.tokenizer import RANK_FILE, load_encoding
 from model import GPT, GPTConfig
 from sample import generate, load_checkpoint, save_checkpoint
-from spin_loss import (LOSSES, answer_logps, loss_floor, mass_anchor, optimal_next_policy,
-                       spin_loss)
+from spin_loss import LOSSES, answer_logps, mass_anchor, spin_loss
 
 
 def option(default, why, low=None, high=None, choices=None):
@@ -194,14 +195,6 @@ def prompt_order(P, steps, config, t):
     return torch.cat(passes)[:steps * size].view(steps, size)
 
 
-@torch.no_grad()
-def all_logps(model, responses, impl):
-    """log p of every response, some prompts at a time so that memory stays small. [N], nats."""
-    P = len(responses.prompt_length_P)
-    parts = torch.arange(P, device=responses.prompt_N.device).split(64)
-    return torch.cat([answer_logps(model, responses.select(part), impl) for part in parts])
-
-
 def self_play(opponent, world, config, t):
     """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once."""
     drawn = draw(opponent, world, config, t)
@@ -223,62 +216,13 @@ def draw(model, world, config, t):
             for i in range(0, len(drawn), config.negatives)]
 
 
-# --- what is known because we made the data: exact evaluation ------------------------------------
-
-@torch.no_grad()
-def evaluate(model, responses, world, config, t) -> dict[str, dict]:
-    """Exact KL, TV and off-support mass of `model`, and the theory's figures, for each split.
-
-    For t = 0 the loss is that of SFT and its floor the entropy of p_data. From t = 1 on
-    `responses` hold this iteration's opponent and its draws. Lengths in nats, mean over prompts.
-    """
-    player_N, opponent_N = all_logps(model, responses, config.logprob), responses.opponent_N
-    data_PK = responses.on_support(responses.data_N.log())
-    player_PK, p_PK = responses.on_support(player_N), data_PK.exp()
-    known_PK = p_PK > 0
-    exact_P = {"kl": (p_PK * (data_PK - player_PK).where(known_PK, 0)).sum(1),
-               "off_support": 1 - player_PK.exp().sum(1),
-               "tv": ((p_PK - player_PK.exp()).abs().sum(1) + 1 - player_PK.exp().sum(1)) / 2}
-    if t == 0:
-        exact_P["loss_floor"] = -(p_PK * data_PK.where(known_PK, 0)).sum(1)
-    else:
-        opponent_PK = responses.on_support(opponent_N)
-        if config.loss == "logistic" and config.method == "spin":
-            exact_P["loss_floor"] = loss_floor(data_PK, opponent_PK)
-        # The exponential loss halves the exponent (λ → 2λ); SPACE aims at p_data, as λ = 1 does.
-        lam = {"logistic": config.lam, "exponential": 2 * config.lam, "space": 1.0}.get(config.loss)
-        if lam and config.method == "spin":
-            predicted_PK = optimal_next_policy(data_PK, opponent_PK, lam)
-            gap_PK = (data_PK - predicted_PK).where(known_PK, 0)
-            exact_P["predicted_kl"] = (p_PK * gap_PK).sum(1)
-            distance_PK = (predicted_PK.exp() - player_PK.exp()).abs()
-            exact_P["predicted_tv"] = (distance_PK.sum(1) + 1 - player_PK.exp().sum(1)) / 2
-    found = {}
-    for split, prompts in world.splits.items():
-        row = dict.fromkeys(("kl", "tv", "off_support", "predicted_kl", "predicted_tv", "loss",
-                             "loss_floor", "logp_real", "logp_generated", "margin"))
-        row |= {name: value_P[prompts].mean().item() for name, value_P in exact_P.items()}
-        row["logp_real"] = responses.mean(responses.data_N, player_N, prompts)
-        row["loss"] = -row["logp_real"]
-        if t:
-            part = responses.select(prompts)
-            chosen = torch.isin(responses.prompt_N, prompts)
-            player, opponent = player_N[chosen], opponent_N[chosen]
-            i, j, weight = part.pairs(part.data_N, part.generated_N)
-            args = player[i], player[j], opponent[i], opponent[j], config.lam
-            row["loss"] = (weight * spin_loss(*args, config.loss, config.mu)).sum().item()
-            row["margin"] = (weight * (1 - spin_loss(*args, "correlation"))).sum().item()
-            row["logp_generated"] = responses.mean(responses.generated_N, player_N, prompts)
-        families = {world.rows[p]["family"]: [] for p in prompts.tolist()}
-        for p in prompts.tolist():
-            families[world.rows[p]["family"]].append(exact_P["kl"][p].item())
-        row["families"] = {name: sum(kls) / len(kls) for name, kls in families.items()}
-        found[split] = row
-    found["train"]["shown"] = [player_PK[p][known_PK[p]].exp().tolist() for p in world.shown]
-    return found
-
-
 # --- files: metrics, checkpoints, resume ----------------------------------------------------------
+
+def settings(config) -> dict:
+    """What a resumed run must share with the one that was interrupted."""
+    free = ("out", "resume", "overwrite", "iters", "device")
+    return {name: value for name, value in asdict(config).items() if name not in free}
+
 
 def open_run(config, world) -> tuple[dict | None, int]:
     """Prepare --out. Returns the state to resume from (or None) and the iteration to start at."""
@@ -289,8 +233,6 @@ def open_run(config, world) -> tuple[dict | None, int]:
         (out / ".writable").unlink()
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
-    settings = {k: v for k, v in asdict(config).items()
-                if k not in ("out", "resume", "overwrite", "iters", "device")}
     rows = [{"event": "world", "shown": [world.rows[p] for p in world.shown],
              "counting_kl": world.counting_kl, "logistic": config.loss == "logistic"}]
     state = None
@@ -298,7 +240,7 @@ def open_run(config, world) -> tuple[dict | None, int]:
         raise InputError(f"--resume: there is no latest.pt in {out}; start without --resume")
     if config.resume:
         state = torch.load(out / "latest.pt", weights_only=True, map_location=world.device)
-        for name, value in settings.items():
+        for name, value in settings(config).items():
             if state["settings"].get(name) != value:
                 raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started "
                                  f"with {state['settings'].get(name)}; resume with the same")
@@ -336,59 +278,10 @@ def record(config, event, t, step, found, seconds):
 
 def save_latest(config, t, state):
     """What --resume needs; model p_{t−1} is in iteration_{t−1}.pt, and y' is drawn again from it."""
-    settings = {k: v for k, v in asdict(config).items()
-                if k not in ("out", "resume", "overwrite", "iters", "device")}
     out = Path(config.out)
-    torch.save({"iteration": t, "settings": settings, **state,
+    torch.save({"iteration": t, "settings": settings(config), **state,
                 "rows": len((out / "metrics.jsonl").read_text().splitlines())}, out / "latest.tmp")
     os.replace(out / "latest.tmp", out / "latest.pt")
-
-
-# --- what one reads while it runs -----------------------------------------------------------------
-
-def greet(player, world, config, device):
-    """Say what will run, on what."""
-    count = sum(p.numel() for p in player.parameters())
-    splits = ", ".join(f"{len(v)} {k}" for k, v in world.splits.items())
-    print(f"{count:,} parameters in float32 on {device} ({torch.get_num_threads()} threads); "
-          f"{splits} prompts; {config.method}, λ = {config.lam:g}, {config.loss} loss, "
-          f"anchor {config.anchor}", flush=True)
-
-
-def report(config, t, step, loss, found, seconds):
-    """One progress line: loss beside its floor, exact KL, time left in this stage."""
-    steps, row = (config.steps if t else config.sft_steps), found["train"]
-    floor = "" if row["loss_floor"] is None else f" (floor {row['loss_floor']:.3f})"
-    stage = f"iteration {t}" if t else "SFT        "
-    print(f"{stage}  step {step:4d}/{steps}  loss {loss:.3f}{floor}  KL {row['kl']:.3f}  "
-          f"off-support {row['off_support']:6.1%}  {seconds / step * (steps - step):3.0f} s left",
-          flush=True)
-
-
-def show_answers(model, world, config):
-    """Five fresh responses to each of the prompts shown."""
-    rng = torch.Generator(world.device).manual_seed(config.seed)
-    prompts = [world.prompts[p] for p in world.shown for _ in range(5)]
-    drawn = generate(model, prompts, max_new_tokens=world.max_new_tokens,
-                     end_token=world.end_token, generator=rng)
-    texts = [world.encoding.decode([k for k in y if k != world.end_token]) for y in drawn]
-    for i, p in enumerate(world.shown):
-        print(f"    {world.rows[p]['prompt']:<34} {' | '.join(texts[5 * i:5 * i + 5])}")
-
-
-def closing_table(config):
-    """The iteration rows of metrics.jsonl, as a table."""
-    rows = [json.loads(line) for line in open(Path(config.out) / "metrics.jsonl")]
-    rows = {(r["iteration"], r["split"]): r for r in rows if r["event"] == "iteration"}
-    cell = lambda value, form: f"{'–' if value is None else format(value, form):>11}"
-    print("\niteration         KL  predicted  off-supp.         TV  held-out KL       loss      floor")
-    for t in range(config.iters + 1):
-        row, held = rows[t, "train"], rows.get((t, "heldout"), {"kl": None})
-        print(f"{t:>9}" + cell(row["kl"], ".4f") + cell(row["predicted_kl"], ".4f")
-              + cell(row["off_support"], ".2%") + cell(row["tv"], ".4f") + "  "
-              + cell(held["kl"], ".4f") + cell(row["loss"], ".4f") + cell(row["loss_floor"], ".4f"))
-    print("KL(p_data‖p_θ), losses and floors in nats; iteration 0 is SFT, its floor the entropy of "
-          "p_data.")
 
 
 # --- the run --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import matplotlib
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # files only: no screen is needed
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
 
@@ -79,7 +79,7 @@ def draw_logps(ax, pick):
 
 def draw_bars(ax, shown, series):
     """(d) p_data beside p_θ for one prompt. series: [(label, colour, probabilities)]."""
-    names = [*shown["responses"], "anything else"]
+    names = [*shown["responses"], "(other)"]
     width = 0.8 / (len(series) + 1)
     data = [*shown["responses"].values(), 0]
     for k, (label, colour, p) in enumerate([("p_data", BLACK, data), *series]):

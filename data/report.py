@@ -1,0 +1,55 @@
+"""What one reads while it runs: progress lines, a few answers, the closing table.
+
+Reading order: `greet` → `report` → `show_answers` → `closing_table`, in order of appearance.
+"""
+import json
+from pathlib import Path
+
+import torch
+
+from sample import generate
+
+
+def greet(player, world, config, device):
+    """Say what will run, on what."""
+    count = sum(p.numel() for p in player.parameters())
+    splits = ", ".join(f"{len(v)} {k}" for k, v in world.splits.items())
+    print(f"{count:,} parameters in float32 on {device} ({torch.get_num_threads()} threads); "
+          f"{splits} prompts; {config.method}, λ = {config.lam:g}, {config.loss} loss, "
+          f"anchor {config.anchor}", flush=True)
+
+
+def report(config, t, step, loss, found, seconds):
+    """One progress line: loss beside its floor, exact KL, time left in this stage."""
+    steps, row = (config.steps if t else config.sft_steps), found["train"]
+    floor = "" if row["loss_floor"] is None else f" (floor {row['loss_floor']:.3f})"
+    stage = f"iteration {t}" if t else "SFT        "
+    print(f"{stage}  step {step:4d}/{steps}  loss {loss:.3f}{floor}  KL {row['kl']:.3f}  "
+          f"off-support {row['off_support']:6.1%}  {seconds / step * (steps - step):3.0f} s left",
+          flush=True)
+
+
+def show_answers(model, world, config):
+    """Five fresh responses to each of the prompts shown."""
+    rng = torch.Generator(world.device).manual_seed(config.seed)
+    prompts = [world.prompts[p] for p in world.shown for _ in range(5)]
+    drawn = generate(model, prompts, max_new_tokens=world.max_new_tokens,
+                     end_token=world.end_token, generator=rng)
+    texts = [world.encoding.decode([k for k in y if k != world.end_token]) for y in drawn]
+    for i, p in enumerate(world.shown):
+        print(f"    {world.rows[p]['prompt']:<34} {' | '.join(texts[5 * i:5 * i + 5])}")
+
+
+def closing_table(config):
+    """The iteration rows of metrics.jsonl, as a table."""
+    rows = [json.loads(line) for line in open(Path(config.out) / "metrics.jsonl")]
+    rows = {(r["iteration"], r["split"]): r for r in rows if r["event"] == "iteration"}
+    cell = lambda value, form: f"{'–' if value is None else format(value, form):>11}"
+    print("\niteration         KL  predicted  off-supp.         TV  held-out KL       loss      floor")
+    for t in range(config.iters + 1):
+        row, held = rows[t, "train"], rows.get((t, "heldout"), {"kl": None})
+        print(f"{t:>9}" + cell(row["kl"], ".4f") + cell(row["predicted_kl"], ".4f")
+              + cell(row["off_support"], ".2%") + cell(row["tv"], ".4f") + "  "
+              + cell(held["kl"], ".4f") + cell(row["loss"], ".4f") + cell(row["loss_floor"], ".4f"))
+    print("KL(p_data‖p_θ), losses and floors in nats; iteration 0 is SFT, its floor the entropy of "
+          "p_data.")

@@ -1,0 +1,433 @@
+"""spin_loss.py: what is scored, what the loss is, and where its optimum lies.
+
+The oracles are a Markov chain whose log-probabilities are sums of table entries, formulas written
+out with `math`, and L-BFGS in float64 on a table of K answers, where every expectation is exact.
+"""
+import doctest
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import data.tokenizer
+import spin_loss as spin_module
+from conftest import all_answers, logp_by_hand, tiny_gpt
+from data.responses import Responses, World
+from spin_loss import (LOSSES, answer_logps, loss_floor, mass_anchor, optimal_next_policy,
+                       sequence_logps, spin_loss, token_logps)
+
+DATA = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64).log()
+WEAK = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25], dtype=torch.float64).log()  # the opponent p_t
+
+
+class MarkovChain:
+    """A "model" whose next token depends on the last one alone: p(v after u) = table[u][v]."""
+    def __init__(self, table):
+        self.head_weight = torch.tensor(table).log().T
+
+    def hidden(self, tokens_BT, cache=None):
+        return F.one_hot(tokens_BT, len(self.head_weight)).float()
+
+
+TABLE = [[0.1, 0.2, 0.3, 0.4], [0.25, 0.4, 0.05, 0.3], [0.6, 0.1, 0.1, 0.2], [0.2, 0.3, 0.4, 0.1]]
+END = 3
+UNIFORM = [[0.25] * 4] * 4  # each scored token adds −log 4, so the sum counts them
+
+
+def scored_tokens(tokens, response) -> float:
+    """How many tokens sequence_logps adds up, told by a model that finds all equally likely."""
+    logp_B = sequence_logps(MarkovChain(UNIFORM), torch.tensor([tokens]), torch.tensor([response]))
+    return -logp_B.item() / math.log(4)
+
+
+# ---- Which tokens are scored, and by what -------------------------------------------------------
+
+def test_token_is_scored_by_the_logits_before_it():
+    tokens, response = [0, 2, 1, 2, END], [False, False, True, True, True]
+    got = sequence_logps(MarkovChain(TABLE), torch.tensor([tokens]), torch.tensor([response]))
+    right = math.log(TABLE[2][1]) + math.log(TABLE[1][2]) + math.log(TABLE[2][END])
+    unshifted = math.log(TABLE[1][1]) + math.log(TABLE[2][2]) + math.log(TABLE[END][END])
+    hint = ": each token scored by the logits that have read it?" if math.isclose(
+        got.item(), unshifted, rel_tol=1e-5) else ""
+    assert got.item() == pytest.approx(right, abs=1e-5), f"{got.item()} nats, not {right}{hint}"
+
+
+def test_logprob_is_a_sum_over_response_tokens_not_a_mean():
+    for n in (1, 2, 5):
+        scored = scored_tokens([0, *[1] * n], [False, *[True] * n])
+        assert scored == pytest.approx(n, abs=1e-5), (
+            f"{n} tokens of −log 4 each gave {scored:.3f} of them: a mean, or a token lost?")
+
+
+def test_prompt_and_padding_are_not_scored():
+    for prompt, response, padding in ((1, 4, 0), (3, 4, 0), (1, 4, 2), (3, 4, 2)):
+        scored = scored_tokens([0] * prompt + [1] * response + [0] * padding,
+                               [False] * prompt + [True] * response + [False] * padding)
+        assert scored == pytest.approx(response, abs=1e-5), (
+            f"scored {scored:.2f} tokens, expected {response}: is the prompt ({prompt}) or the "
+            f"padding ({padding}) in the sum?")
+
+
+def test_end_token_is_scored():
+    """Once, with its own probability. Without it, long answers would look as likely as short."""
+    chain = MarkovChain(TABLE)
+    logp_B = sequence_logps(chain, torch.tensor([[0, 1, END], [0, 1, 0]]),
+                            torch.tensor([[False, True, True], [False, True, False]]))
+    difference = (logp_B[0] - logp_B[1]).item()
+    assert difference == pytest.approx(math.log(TABLE[1][END]), abs=1e-5), (
+        f"END adds {difference} nats, expected {math.log(TABLE[1][END])}: dropped, or twice?")
+
+
+def test_padding_and_batch_mates_change_nothing():
+    model, short, long = tiny_gpt(), [1, 2, END], [0, 1, 2, 0, 1, END]
+    for filler in range(4):
+        tokens_BT = torch.tensor([short + [filler] * 3, long])
+        response_BT = torch.tensor([[False, True, True] + [False] * 3, [False] * 2 + [True] * 4])
+        got_B = sequence_logps(model, tokens_BT, response_BT)
+        expected = [logp_by_hand(model, [1], [2, END]), logp_by_hand(model, [0, 1], long[2:])]
+        assert_close(got_B, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_all_response_probabilities_sum_to_one():
+    """Every response of up to 4 tokens, the unfinished ones too: 1 + 3 + 9 + 27 + 81 of them."""
+    model, prompt, answers = tiny_gpt(), [2, 0], all_answers(4, END, 4)
+    assert len(answers) == 121
+    width = 2 + 4
+    tokens_BT = torch.tensor([(prompt + y + [0] * 4)[:width] for y in answers])
+    response_BT = torch.tensor([[False] * 2 + [i < len(y) for i in range(4)] for y in answers])
+    total = sequence_logps(model, tokens_BT, response_BT).double().exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-5), f"the probabilities sum to {total}"
+
+
+def test_token_logps_match_a_softmax_written_out():
+    hidden_ND, weight_VD = torch.randn(6, 3), torch.randn(5, 3)
+    targets = [4, 0, 0, 2, 1, 3]
+    got_N = token_logps(hidden_ND, weight_VD, torch.tensor(targets))
+    for hidden, target, got in zip(hidden_ND.tolist(), targets, got_N.tolist()):
+        z = [sum(a * b for a, b in zip(hidden, row)) for row in weight_VD.tolist()]
+        assert got == pytest.approx(z[target] - math.log(sum(map(math.exp, z))), abs=1e-5)
+    far = token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+    assert far.item() == -2000, "a naive softmax overflows here"
+
+
+# ---- answer_logps: the same numbers, prompts shared ----------------------------------------------
+
+def small_world(block_size=40):
+    encoding = data.tokenizer.load_encoding()
+    rows = [{"prompt": "Flip a coin with 5% heads.", "split": "train", "line": 1,
+             "responses": {"heads": 0.05, "tails": 0.95}},
+            {"prompt": "Hi", "split": "heldout", "line": 2, "responses": {"y": 0.5, "no no": 0.5}},
+            {"prompt": "Greet Tom warmly.", "split": "train", "line": 3,
+             "responses": {"Hey Tom!": 0.6, "Hi, Tom!": 0.3, "Welcome, Tom!": 0.1}}]
+    return World(rows, encoding, samples=8, seed=0, block_size=block_size)
+
+
+def generated_for(world) -> list[Counter]:
+    """Draws of an opponent: right answers, wrong ones, and one cut short before END."""
+    right, end = [next(iter(data)) for data in world.data], world.end_token
+    return [Counter({right[0]: 2, (65, 66, 67): 1, (end,): 1}), Counter({(70, end): 4}),
+            Counter({right[2]: 1, (80, 81, 82, 83, 84, 85, 86, end): 3})]
+
+
+def full_sequences(answers: Responses):
+    """(tokens_NT, response_NT): each answer behind its own copy of the prompt."""
+    sequences = [(answers.prompt_PT[p, :answers.prompt_length_P[p]].tolist(), y[:n].tolist())
+                 for p, y, n in zip(answers.prompt_N, answers.tokens_NS, answers.length_N)]
+    longest = max(len(x) + len(y) for x, y in sequences)
+    fill = lambda x, y: longest - len(x) - len(y)
+    return (torch.tensor([x + y + [0] * fill(x, y) for x, y in sequences]),
+            torch.tensor([[False] * len(x) + [True] * len(y) + [False] * fill(x, y)
+                          for x, y in sequences]), sequences)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 100])
+def test_answer_logps_equal_sequence_logps(groups):
+    """In value and in the gradient of a random weighted sum, by far the stricter test."""
+    world, model = small_world(), tiny_gpt(vocab_size=512, block_size=40)
+    answers = world.tabulate(generated_for(world))
+    tokens_NT, response_NT, sequences = full_sequences(answers)
+    weight_N = torch.randn(len(tokens_NT), generator=torch.Generator().manual_seed(0))
+    logps, gradients = [], []
+    for logp_N in (sequence_logps(model, tokens_NT, response_NT),
+                   answer_logps(model, answers, groups=groups)):
+        logps.append(logp_N.detach())
+        gradients.append(torch.autograd.grad((weight_N * logp_N).sum(), list(model.parameters())))
+    assert_close(logps[1], logps[0], atol=2e-5, rtol=0)
+    by_hand_N = torch.tensor([logp_by_hand(model, x, y) for x, y in sequences])
+    assert_close(logps[1], by_hand_N, atol=2e-5, rtol=0)
+    for (name, _), slow, fast in zip(model.named_parameters(), *gradients):
+        assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0,
+                     msg=lambda text: f"gradient of {name}: {text}")
+
+
+def test_answer_logps_take_every_answer_that_fits_the_block():
+    """A long prompt with a short answer beside a short prompt with a long one: both fit."""
+    block, end, model = 12, 3, tiny_gpt(block_size=12)
+    prompts, answers = [[1] * 10, [2]], [[0, end], [0, 1, 2, 0, 1, 2, 0, 1, 2, end]]
+    assert all(len(x) + len(y) <= block for x, y in zip(prompts, answers))
+    pad = lambda lists: torch.tensor([row + [0] * (10 - len(row)) for row in lists])
+    zeros_N = torch.zeros(2)
+    table = Responses(pad(prompts), torch.tensor([10, 1]), torch.tensor([[0], [1]]),
+                      torch.tensor([0, 1]), pad(answers), torch.tensor([2, 10]),
+                      zeros_N, zeros_N, zeros_N, zeros_N)
+    expected_N = torch.tensor([logp_by_hand(model, x, y) for x, y in zip(prompts, answers)])
+    for groups in (1, 2):
+        assert_close(answer_logps(model, table, groups=groups), expected_N, atol=1e-5, rtol=0)
+
+
+# ---- The loss --------------------------------------------------------------------------------------
+
+def written_out(loss, real, generated, lam, mu=1.0):
+    """Each loss at log-ratios r and r', as the papers print it."""
+    u = lam * (real - generated)
+    sigma = lambda m, v: 1 / (1 + m * math.exp(-v))
+    return {"logistic": math.log(1 + math.exp(-u)), "hinge": max(0.0, 1 - u),
+            "exponential": math.exp(-u), "correlation": 1 - u,
+            "space": -math.log(sigma(mu, real)) - mu * math.log(sigma(1 / mu, -generated))}[loss]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("lam", [0.1, 1.0, 3.0])
+def test_loss_is_its_formula_written_out(loss, lam):
+    policy_real, policy_generated = [-1.0, -2.5, -0.3, -4.0], [-3.0, -1.0, -0.9, -4.5]
+    opponent_real, opponent_generated = [-2.0, -1.5, -0.7, -4.2], [-2.2, -1.9, -0.1, -3.0]
+    columns = policy_real, policy_generated, opponent_real, opponent_generated
+    for mu in (0.5, 1.0, 2.0) if loss == "space" else (1.0,):
+        got_B = spin_loss(*(torch.tensor(c, dtype=torch.float64) for c in columns), lam, loss, mu)
+        expected = [written_out(loss, pr - orr, pg - og, lam, mu)
+                    for pr, pg, orr, og in zip(*columns)]
+        assert got_B.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_loss_rewards_real_answers_and_punishes_generated_ones():
+    """The sign of the margin: d loss / d log p(y) < 0, d loss / d log p(y') > 0."""
+    for loss in LOSSES:
+        real_B, generated_B = (torch.tensor([-2.0], requires_grad=True) for _ in range(2))
+        value_B = spin_loss(real_B, generated_B, torch.tensor([-2.1]), torch.tensor([-1.9]), 1.0,
+                            loss)
+        up, down = torch.autograd.grad(value_B.sum(), (real_B, generated_B))
+        assert up.item() < 0 < down.item(), f"{loss}: is the sign of the margin flipped?"
+
+
+def test_loss_is_log_2_when_player_equals_opponent():
+    real_B, generated_B = torch.tensor([-1.0, -20.0]).double(), torch.tensor([-9.0, -0.1]).double()
+    for lam in (0.1, 1.0, 10.0):
+        loss_B = spin_loss(real_B, generated_B, real_B, generated_B, lam)
+        assert loss_B.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15)
+
+
+def test_logistic_loss_is_finite_where_exp_would_overflow():
+    zero_B, far_B = torch.zeros(2), torch.tensor([1000.0, -1000.0])
+    assert spin_loss(far_B, zero_B, zero_B, zero_B, 1.0).tolist() == [0.0, 1000.0]
+
+
+def test_unknown_names_are_refused_by_name():
+    one_B = torch.zeros(1)
+    with pytest.raises(ValueError, match="'squared'.*logistic"):
+        spin_loss(one_B, one_B, one_B, one_B, 1.0, "squared")
+    with pytest.raises(ValueError, match="'magic'"):
+        token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), "magic")
+
+
+# ---- The theorems, on a table of K answers ------------------------------------------------------------
+
+def population_loss(logp_K, data_K, opponent_K, lam=1.0, loss="logistic", mu=1.0):
+    """E over y ~ p_data and y' ~ p_t, all K × K pairs with their probabilities."""
+    pairs = torch.cartesian_prod(torch.arange(len(data_K)), torch.arange(len(data_K)))
+    i_B, j_B = pairs.unbind(1)
+    weight_B = (data_K[i_B] + opponent_K[j_B]).exp()
+    loss_B = spin_loss(logp_K[i_B], logp_K[j_B], opponent_K[i_B], opponent_K[j_B], lam, loss, mu)
+    return (weight_B * loss_B).sum()
+
+
+def minimise(loss_of_logp, start_K):
+    """L-BFGS over the logits of a table; returns (log-probs at the minimum, the minimum)."""
+    logits_K = start_K.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits_K], max_iter=1000, tolerance_grad=1e-12,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of_logp(logits_K.log_softmax(0))
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    logp_K = logits_K.detach().log_softmax(0)
+    return logp_K, loss_of_logp(logp_K).item()
+
+
+def kl(p_K, q_K):
+    return (p_K.exp() * (p_K - q_K)).sum().item()
+
+
+@pytest.mark.parametrize("lam", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("loss, slope", [("logistic", -0.5), ("hinge", -1), ("exponential", -1),
+                                         ("correlation", -1)])
+def test_expected_gradient_at_start_is_half_lambda_times_sft(loss, slope, lam):
+    """−λ/2 · ∇ E log p_θ(y); a softmax table has ∇ E_data log p_θ = p_data − p_θ. (λℓ'(0) else.)"""
+    logits_K = WEAK.clone().requires_grad_()
+    population_loss(logits_K.log_softmax(0), DATA, WEAK, lam, loss).backward()
+    assert_close(logits_K.grad, slope * lam * (DATA.exp() - WEAK.exp()), atol=1e-14, rtol=0)
+
+
+def test_data_distribution_is_a_fixed_point():
+    """Theorem 5.2: with p_t = p_data nothing beats staying, and staying costs log 2."""
+    for lam in (0.2, 1.0, 5.0):
+        logits_K = DATA.clone().requires_grad_()
+        loss = population_loss(logits_K.log_softmax(0), DATA, DATA, lam)
+        loss.backward()
+        assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
+        assert logits_K.grad.abs().max() < 1e-15
+        assert population_loss(WEAK, DATA, DATA, lam) > math.log(2)
+        best_K, _ = minimise(lambda logp_K: population_loss(logp_K, DATA, DATA, lam), WEAK)
+        assert_close(best_K, DATA, atol=1e-6, rtol=0)
+        assert_close(optimal_next_policy(DATA, DATA, lam), DATA, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("lam", [0.4, 0.5, 0.75, 1.0, 2.0, 5.0])
+def test_exact_optimum_is_theorem_5_4(lam):
+    best_K, _ = minimise(lambda logp_K: population_loss(logp_K, DATA, WEAK, lam), WEAK)
+    assert_close(best_K, optimal_next_policy(DATA, WEAK, lam), atol=1e-6, rtol=0)
+
+
+def test_optimal_next_policy_is_the_formula_row_by_row():
+    data_PK, weak_PK = torch.stack([DATA, WEAK]), torch.stack([WEAK, DATA.flip(0)])
+    for lam in (0.3, 1.0, 2.5):
+        got_PK = optimal_next_policy(data_PK, weak_PK, lam).exp().tolist()
+        for got, data_K, weak_K in zip(got_PK, data_PK.exp().tolist(), weak_PK.exp().tolist()):
+            weight = [p * (d / p) ** (1 / lam) for d, p in zip(data_K, weak_K)]
+            assert got == pytest.approx([w / sum(weight) for w in weight], rel=1e-12)
+
+
+def test_optimal_next_policy_at_the_edge_of_its_support():
+    no, half = -math.inf, math.log(0.5)
+    data_K, weak_K = torch.tensor([half, half, no]), torch.tensor([0.3, 0.6, 0.1]).log()
+    for lam in (0.5, 1.0, 2.0):
+        assert optimal_next_policy(data_K, weak_K, lam)[2] == no, "p_data = 0 stays 0"
+    assert_close(optimal_next_policy(data_K, data_K, 0.5), data_K)  # 0/0 in the third place
+    for opponent_K, lam in ((torch.tensor([half, no, half]), 1.0), (weak_K, 0.0), (weak_K, -1.0)):
+        with pytest.raises(ValueError, match="5.4 needs"):
+            optimal_next_policy(data_K, opponent_K, lam)
+
+
+def test_exponential_loss_has_half_the_exponent():
+    """p_{t+1} ∝ p_t (p_data/p_t)^{1/(2λ)}."""
+    for lam in (0.5, 1.0, 2.0):
+        best_K, _ = minimise(
+            lambda logp_K: population_loss(logp_K, DATA, WEAK, lam, "exponential"), WEAK)
+        expected_K = (WEAK + (DATA - WEAK) / (2 * lam)).log_softmax(0)
+        assert_close(best_K, expected_K, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mu", [0.3, 1.0, 3.0])
+def test_space_reaches_the_data_in_one_step_whatever_mu(mu):
+    best_K, _ = minimise(
+        lambda logp_K: population_loss(logp_K, DATA, WEAK, loss="space", mu=mu), WEAK)
+    assert_close(best_K, DATA, atol=1e-6, rtol=0)
+
+
+def test_space_sees_a_common_shift_that_the_relative_losses_cannot():
+    for loss in LOSSES:
+        value, shifted = (population_loss(DATA - c, DATA, WEAK, 1.0, loss).item() for c in (0, 1))
+        assert (abs(value - shifted) > 0.01) == (loss == "space"), f"{loss}: {value}, {shifted}"
+
+
+def errors_over_iterations(lam, iterations=6):
+    """KL(p_data‖p_t) for t = 0, 1, …, each iteration solved by L-BFGS, not by the theorem."""
+    opponent_K, errors = (0.9 * DATA + 0.1 * WEAK).log_softmax(0), []
+    for _ in range(iterations):
+        errors.append(kl(DATA, opponent_K))
+        opponent_K, _ = minimise(
+            lambda logp_K: population_loss(logp_K, DATA, opponent_K, lam), opponent_K)
+    return errors
+
+
+def test_self_play_diverges_below_lambda_one_half():
+    errors = errors_over_iterations(lam=0.4)
+    assert all(after > 1.5 * before for before, after in zip(errors, errors[1:])), errors
+
+
+def test_self_play_converges_above_lambda_one_half():
+    for lam in (0.75, 1.5, 3.0):
+        errors = errors_over_iterations(lam)
+        assert all(after < 0.6 * before for before, after in zip(errors, errors[1:])), (lam, errors)
+    assert errors_over_iterations(lam=1.0)[1] < 1e-12, "λ = 1 arrives in one step"
+
+
+def test_self_play_at_lambda_one_half_goes_round_in_circles():
+    once_K = optimal_next_policy(DATA, WEAK, 0.5)
+    assert kl(DATA, once_K) > 0.1
+    assert_close(optimal_next_policy(DATA, once_K, 0.5), WEAK, atol=1e-12, rtol=0)
+
+
+def test_log_error_shrinks_by_one_minus_one_over_lambda():
+    """log(p_{t+1}/p_data) = (1 − 1/λ) log(p_t/p_data) + const: the sign flips below λ = 1."""
+    for lam in (0.4, 0.75, 1.0, 2.0):
+        before_K, after_K = WEAK - DATA, optimal_next_policy(DATA, WEAK, lam) - DATA
+        assert_close(after_K - after_K[0], (1 - 1 / lam) * (before_K - before_K[0]),
+                     atol=1e-12, rtol=0)
+
+
+# ---- The floor, and what the loss cannot see ------------------------------------------------------
+
+@pytest.mark.parametrize("lam", [0.5, 1.0, 3.0])
+def test_loss_floor_is_the_minimum_whatever_lambda(lam):
+    _, minimum = minimise(lambda logp_K: population_loss(logp_K, DATA, WEAK, lam), WEAK)
+    assert loss_floor(DATA, WEAK).item() == pytest.approx(minimum, abs=1e-10)
+
+
+def test_loss_floor_is_log_2_minus_the_jensen_shannon_divergence():
+    d, p, jsd = DATA.exp().tolist(), WEAK.exp().tolist(), 0.0
+    for y in range(5):
+        for z in range(5):
+            plus, minus = d[y] * p[z], p[y] * d[z]
+            jsd += plus / 2 * math.log(2 * plus / (plus + minus))
+            jsd += minus / 2 * math.log(2 * minus / (plus + minus))
+    assert loss_floor(DATA, WEAK).item() == pytest.approx(math.log(2) - jsd, abs=1e-14)
+    batch_P = loss_floor(torch.stack([DATA, DATA]), torch.stack([WEAK, DATA]))
+    assert batch_P.tolist() == pytest.approx([math.log(2) - jsd, math.log(2)], abs=1e-14)
+
+
+def test_loss_floor_rises_to_log_2_as_the_opponent_improves():
+    floors = [loss_floor(DATA, ((1 - s) * WEAK + s * DATA).log_softmax(0)).item()
+              for s in (0, 0.25, 0.5, 0.75, 1)]
+    assert floors == sorted(floors) and floors[0] < floors[-1] - 0.05
+    assert floors[-1] == pytest.approx(math.log(2), abs=1e-14)
+
+
+def test_loss_floor_may_leave_out_what_the_data_never_says():
+    data_K = torch.tensor([0.7, 0.3, 0.0, 0.0]).double().log()
+    weak_K = torch.tensor([0.2, 0.1, 0.4, 0.3]).double().log()
+    whole, part = loss_floor(data_K, weak_K).item(), loss_floor(data_K[:2], weak_K[:2]).item()
+    assert whole == pytest.approx(part, abs=1e-15)
+    d, p = [0.7, 0.3], [0.2, 0.1]
+    by_hand = sum(d[y] * p[z] * math.log(1 + p[y] * d[z] / (d[y] * p[z]))
+                  for y in range(2) for z in range(2))  # all other pairs add nothing
+    assert whole == pytest.approx(by_hand, abs=1e-14)
+
+
+def test_mass_anchor_is_zero_at_theorem_5_4_optimum():
+    for lam in (0.5, 1.0, 3.0):
+        best_K = optimal_next_policy(DATA, WEAK, lam).requires_grad_()
+        anchor = mass_anchor(best_K, WEAK, WEAK.exp())
+        anchor.backward()
+        assert anchor.item() < 1e-25 and best_K.grad.abs().max() < 1e-12
+
+
+def test_mass_anchor_resists_a_common_downward_shift():
+    """(e^−c − 1)², whose slope in the shift is 2 (e^−c − 1) e^−c < 0: it pushes back up."""
+    for c in (0.1, 1.0):
+        shift = torch.tensor(-c, dtype=torch.float64, requires_grad=True)
+        anchor = mass_anchor(DATA + shift, WEAK, WEAK.exp())
+        anchor.backward()
+        assert anchor.item() == pytest.approx((math.exp(-c) - 1) ** 2, rel=1e-12)
+        assert shift.grad.item() == pytest.approx(2 * (math.exp(-c) - 1) * math.exp(-c), rel=1e-12)
+
+
+@pytest.mark.parametrize("module, examples", [(spin_module, 2), (data.tokenizer, 1)])
+def test_worked_examples_in_docstrings_are_true(module, examples):
+    result = doctest.testmod(module)
+    assert result.failed == 0 and result.attempted >= examples
