@@ -29,11 +29,11 @@ class GPTConfig:
 class KVCache:
     """The keys and values of tokens read already, so that each token is read once.
 
-    Rows may be ragged: pad on the right, then `keep(length_B)` hides the padding. A key stands at
-    its token's position, a hidden key infinitely far right, where no query sees it.
+    Rows may be ragged. A key stands at its token's position, and padding further right than any
+    token can stand, where no token sees it.
     """
     def __init__(self):
-        self.layers, self.position_BC, self.length_B = {}, None, None
+        self.layers, self.position_BC, self.length_B1 = {}, None, 0
 
     def extend(self, layer: int, k_BHTK, v_BHTK):
         """Append one layer's new keys and values; return all of them, [B, H, C, K] each."""
@@ -43,17 +43,11 @@ class KVCache:
         self.layers[layer] = k_BHTK, v_BHTK
         return k_BHTK, v_BHTK
 
-    def keep(self, length_B):
-        """Row b holds length_B[b] tokens; what was read beyond them is padding."""
-        self.length_B = length_B
-        self.position_BC = self.position_BC.masked_fill(
-            self.position_BC >= length_B[:, None], torch.iinfo(torch.long).max)
-
     def rows(self, index_N) -> "KVCache":
         """Row n of the new cache is row index_N[n] of this one: repeat, reorder or drop rows."""
         new = KVCache()
         new.layers = {i: (k[index_N], v[index_N]) for i, (k, v) in self.layers.items()}
-        new.position_BC, new.length_B = self.position_BC[index_N], self.length_B[index_N]
+        new.position_BC, new.length_B1 = self.position_BC[index_N], self.length_B1[index_N]
         return new
 
 
@@ -65,13 +59,12 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x_BTD, visible_BTC, cache: KVCache | None, layer: int):
+    def forward(self, x_BTD, visible_BTC, cache: KVCache, layer: int):
         B, T, D = x_BTD.shape
         q_BHTK, k_BHTK, v_BHTK = (
             part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
             for part in self.c_attn(x_BTD).split(D, dim=2))
-        if cache is not None:
-            k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)  # [B, H, C, K] from here on
+        k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)  # [B, H, C, K] from here on
         score_BHTC = q_BHTK @ k_BHTK.transpose(2, 3) / math.sqrt(D // self.n_head)
         score_BHTC = score_BHTC.masked_fill(~visible_BTC[:, None], float("-inf"))
         y_BHTK = score_BHTC.softmax(dim=3) @ v_BHTK
@@ -128,33 +121,31 @@ class GPT(nn.Module):
     def hidden(self, tokens_BT, cache: KVCache | None = None):
         """Read tokens_BT, after those in the cache if one is given; hidden states after ln_f.
 
-        Returns hidden_BTD and adds the tokens to the cache. Padding goes on the right, where no
-        token before it can see it. Raises ValueError beyond block_size positions.
+        Returns hidden_BTD and adds the tokens to the cache. Token −1 is padding, which no token
+        sees; without a cache, padding on the right may be any token: no token before sees it.
+        Raises ValueError beyond block_size positions.
         """
-        B, T = tokens_BT.shape
-        position_BT = torch.arange(T, device=tokens_BT.device).expand(B, T)
-        if cache is not None and cache.length_B is not None:
-            position_BT = position_BT + cache.length_B[:, None]
-        if T and int(position_BT.max()) >= self.config.block_size:
+        cache, limit = KVCache() if cache is None else cache, self.config.block_size
+        real_BT = tokens_BT >= 0
+        position_BT = cache.length_B1 + real_BT.cumsum(dim=1) - 1
+        if position_BT.numel() and int(position_BT.max()) >= limit:
             raise ValueError(f"{int(position_BT.max()) + 1} tokens do not fit the model's "
-                             f"block_size of {self.config.block_size}")
-        key_position_BC = position_BT
-        if cache is not None:
-            if cache.position_BC is not None:
-                key_position_BC = torch.cat([cache.position_BC, position_BT], dim=1)
-            cache.position_BC, cache.length_B = key_position_BC, position_BT[:, -1] + 1
+                             f"block_size of {limit}")
+        cache.length_B1 = position_BT[:, -1:] + 1
+        position_BT = position_BT.masked_fill(~real_BT, limit)
+        cache.position_BC = position_BT if cache.position_BC is None else torch.cat(
+            [cache.position_BC, position_BT], dim=1)
         # The causal mask: a query sees the keys at its own position and before.
-        visible_BTC = key_position_BC[:, None, :] <= position_BT[:, :, None]
-        x_BTD = self.wte(tokens_BT) + self.wpe(position_BT)
+        visible_BTC = cache.position_BC[:, None, :] <= position_BT[:, :, None]
+        x_BTD = self.wte(tokens_BT.clamp(min=0)) + self.wpe(position_BT.clamp(max=limit - 1))
         for layer, block in enumerate(self.h):
             x_BTD = block(x_BTD, visible_BTC, cache, layer)
         return self.ln_f(x_BTD)
 
     def read(self, tokens_BT, length_B) -> KVCache:
-        """Read right-padded rows, the first length_B[b] tokens of row b, into a new cache."""
-        cache = KVCache()
-        self.hidden(tokens_BT, cache)
-        cache.keep(length_B)
+        """Read the first length_B[b] tokens of row b into a new cache."""
+        cache, index_T = KVCache(), torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        self.hidden(tokens_BT.masked_fill(index_T >= length_B[:, None], -1), cache)
         return cache
 
     def forward(self, tokens_BT, cache: KVCache | None = None):

@@ -51,8 +51,9 @@ def answer_logps(model, answers, impl="eager", groups=4):
     for n in answers.length_N.argsort().chunk(groups):
         length_n, prompt_n = answers.length_N[n], answers.prompt_N[n]
         target_nS = answers.tokens_NS[n, :int(length_n.max())]
-        input_nS = torch.cat([first_P1[prompt_n], target_nS[:, :-1]], dim=1)  # shifted by one
         scored_nS = torch.arange(target_nS.shape[1], device=n.device) < length_n[:, None]
+        input_nS = torch.cat([first_P1[prompt_n], target_nS[:, :-1]], dim=1)  # shifted by one
+        input_nS = input_nS.masked_fill(~scored_nS, -1)  # padding, which has no position
         hidden_nSD = model.hidden(input_nS, cache.rows(prompt_n))
         logp = token_logps(hidden_nSD[scored_nS], model.head_weight, target_nS[scored_nS], impl)
         logp_N = logp_N.index_add(0, n[scored_nS.nonzero()[:, 0]], logp)

@@ -29,7 +29,9 @@ def check_row(row) -> str | None:
         return "family is not a text"
     if ("response" in row) == ("responses" in row):
         return 'give either "responses": {answer: probability} or "response": answer'
-    answers = row.get("responses", {row.get("response"): 1.0} if "response" in row else None)
+    if "response" in row and not isinstance(row["response"], str):
+        return "the response is not a text"
+    answers = row.get("responses", {row.get("response"): 1.0})
     if not isinstance(answers, dict) or not answers:
         return '"responses" must map at least one answer to its probability'
     for text, p in answers.items():

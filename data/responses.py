@@ -40,10 +40,13 @@ class Responses:
         """The part of the table that belongs to some prompts, renumbered 0, 1, …"""
         number_P = torch.full_like(self.prompt_length_P, -1)
         number_P[prompts] = torch.arange(len(prompts), device=number_P.device)
-        rows = (number_P[self.prompt_N] >= 0).nonzero()[:, 0]
+        kept_N = number_P[self.prompt_N] >= 0
+        rows, number_N = kept_N.nonzero()[:, 0], kept_N.cumsum(dim=0) - 1
         part = {name: value[prompts] if name.endswith(("_PT", "_P", "_PK")) else value[rows]
                 for name, value in vars(self).items()}
-        return Responses(**part | {"prompt_N": number_P[self.prompt_N[rows]]})
+        support_PK = number_N[part["support_PK"]].where(part["support_PK"] >= 0, -1)
+        return Responses(**part | {"prompt_N": number_P[self.prompt_N[rows]],
+                                   "support_PK": support_PK})
 
     def pairs(self, first_N, second_N):
         """All pairs (i, j) of one prompt with weight first_N[i]·second_N[j], averaged over prompts.
@@ -109,8 +112,8 @@ class World:
         tensor = lambda values: torch.tensor(values, device=self.device)
         data_N, real_N, generated_N = map(tensor, shares)
         return Responses(
-            pad(self.prompts, 0).to(self.device), tensor([len(p) for p in self.prompts]),
-            pad(support, -1).to(self.device), tensor(prompt), pad(tokens, 0).to(self.device),
+            pad(self.prompts, -1).to(self.device), tensor([len(p) for p in self.prompts]),
+            pad(support, -1).to(self.device), tensor(prompt), pad(tokens, -1).to(self.device),
             tensor([len(y) for y in tokens]), data_N, real_N, generated_N, torch.zeros_like(data_N))
 
 

@@ -29,7 +29,7 @@ ANSWER, END = "<|answer|>", "<|end|>"  # after the prompt; after the response
 def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     """Join the most frequent adjacent pair until vocab_size tokens exist; ties go to byte order.
 
-    >>> list(train_bpe(["abab ab"], 258))[256:]
+    >>> list(train_bpe(["ababab"], 258))[256:]
     [b'ab', b'abab']
     """
     ranks = {bytes([i]): i for i in range(256)}

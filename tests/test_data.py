@@ -200,7 +200,7 @@ BAD_SECOND_LINES = {
     "duplicate prompt": (row(prompt="first"), "stands on an earlier line"),
     "pair for a known prompt": ({"prompt": "first", "response": "a"}, "stands on an earlier line"),
     "empty pair": ({"prompt": "x", "response": ""}, "a response is empty"),
-    "pair with a number": ({"prompt": "x", "response": 3}, "a response is empty or not a text"),
+    "pair with a number": ({"prompt": "x", "response": 3}, "not a text"),
     "pair with a list": ({"prompt": "x", "response": ["a"]}, "not a text"),
     "pair with an object": ({"prompt": "x", "response": {"a": 1}}, "not a text"),
 }
@@ -284,6 +284,7 @@ def test_sft_set_is_drawn_independently_from_p_data():
 
 def three_prompts():
     rows = [{"prompt": f"p{i}", "split": "heldout" if i == 1 else "train", "line": i + 1,
+             "family": "letters",
              "responses": answers} for i, answers in enumerate([
                  {"a": 0.5, "b": 0.5}, {"c": 0.9, "d": 0.1}, {"e": 0.2, "f": 0.3, "g h": 0.5}])]
     return World(rows, ENCODING, samples=5, seed=0, block_size=32)
@@ -307,7 +308,7 @@ def test_world_frames_prompt_and_response_with_one_answer_and_one_end():
 
 
 def test_row_longer_than_the_block_is_refused_with_its_line():
-    rows = [{"prompt": "q " * 40, "split": "train", "line": 17, "responses": {"a": 1.0}}]
+    rows = [{"prompt": "q " * 40, "split": "train", "line": 17, "family": "q", "responses": {"a": 1.0}}]
     with pytest.raises(InputError, match=r"line 17: .* 83 tokens.*block-size is 82"):
         World(rows, ENCODING, samples=1, seed=0, block_size=82)
     World(rows, ENCODING, samples=1, seed=0, block_size=83)

@@ -117,10 +117,11 @@ def test_token_logps_match_a_softmax_written_out():
 
 def small_world(block_size=40):
     encoding = data.tokenizer.load_encoding()
-    rows = [{"prompt": "Flip a coin with 5% heads.", "split": "train", "line": 1,
+    rows = [{"prompt": "Flip a coin with 5% heads.", "split": "train", "line": 1, "family": "f",
              "responses": {"heads": 0.05, "tails": 0.95}},
-            {"prompt": "Hi", "split": "heldout", "line": 2, "responses": {"y": 0.5, "no no": 0.5}},
-            {"prompt": "Greet Tom warmly.", "split": "train", "line": 3,
+            {"prompt": "Hi", "split": "heldout", "line": 2, "family": "f",
+             "responses": {"y": 0.5, "no no": 0.5}},
+            {"prompt": "Greet Tom warmly.", "split": "train", "line": 3, "family": "f",
              "responses": {"Hey Tom!": 0.6, "Hi, Tom!": 0.3, "Welcome, Tom!": 0.1}}]
     return World(rows, encoding, samples=8, seed=0, block_size=block_size)
 
@@ -399,8 +400,8 @@ def test_loss_floor_rises_to_log_2_as_the_opponent_improves():
 
 
 def test_loss_floor_may_leave_out_what_the_data_never_says():
-    data_K = torch.tensor([0.7, 0.3, 0.0, 0.0]).double().log()
-    weak_K = torch.tensor([0.2, 0.1, 0.4, 0.3]).double().log()
+    data_K = torch.tensor([0.7, 0.3, 0.0, 0.0], dtype=torch.float64).log()
+    weak_K = torch.tensor([0.2, 0.1, 0.4, 0.3], dtype=torch.float64).log()
     whole, part = loss_floor(data_K, weak_K).item(), loss_floor(data_K[:2], weak_K[:2]).item()
     assert whole == pytest.approx(part, abs=1e-15)
     d, p = [0.7, 0.3], [0.2, 0.1]
