@@ -4,7 +4,8 @@
 
 Equation and theorem numbers are those of Chen et al., arXiv 2401.01335.
 Reading order: `token_logps` → `sequence_logps` → `answer_logps` (the same, sharing prompts) →
-`spin_loss` → `mass_anchor` → `optimal_next_policy` → `loss_floor`.
+`spin_loss` → `mass_anchor` → `optimal_next_policy` → `loss_floor`. Run as a script
+(`python spin_loss.py`), it plays SPIN exactly on a table of six answers: no network, no data.
 
 Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, N flat tokens or answers,
 P prompts, D width, V vocabulary, K answers that a prompt may get. Log-probabilities are in nats.
@@ -123,3 +124,8 @@ def loss_floor(logp_data_K, logp_opponent_K):
     minus_KK = logp_opponent_K[..., :, None] + logp_data_K[..., None, :]
     ratio_KK = torch.where(plus_KK > -math.inf, minus_KK - plus_KK, 0.0)  # else 0 · log(0/0)
     return (plus_KK.exp() * F.softplus(ratio_KK)).sum(dim=(-2, -1))
+
+
+if __name__ == "__main__":
+    from data.theory import main  # here, so that the objective itself imports no other file
+    main()
