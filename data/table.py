@@ -57,10 +57,9 @@ def minimise(loss_of, start_K, steps=500):
         solve[hessian_KK.diagonal().argmax()] = False  # a common shift changes nothing: hold one
         curve_KK = hessian_KK[solve][:, solve]
         factor_KK, bent = torch.linalg.cholesky_ex(curve_KK)
-        damping = 1e-3 * curve_KK.diagonal().abs().max() * torch.eye(len(curve_KK)).to(curve_KK)
-        while bent:  # SPACE is not convex in the logits: lean towards plain gradient descent
-            factor_KK, bent = torch.linalg.cholesky_ex(curve_KK + damping)
-            damping *= 2
+        if bent:  # not convex here (SPACE): where it curves down, Newton would climb
+            curve_L, axis_KL = torch.linalg.eigh(curve_KK)
+            factor_KK = torch.linalg.cholesky((axis_KL * curve_L.abs()) @ axis_KL.T)
         step_K = torch.zeros_like(logits_K)
         step_K[solve] = torch.cholesky_solve(-slope_K.detach()[solve, None], factor_KK)[:, 0]
         step_K[seen] -= step_K[seen].mean()  # … then keep the sum, as gradient descent would

@@ -52,7 +52,7 @@ def draw_kl(ax, runs):
     for (lam, run), colour, mark in zip(runs.items(), COLOURS, MARKS):
         kls = [max(kl(DATA, p_K), 1e-14) for p_K in run]  # 0 has no place on a log axis
         ax.plot(range(len(kls)), kls, mark + "-", color=colour)
-        place = (0.8, 3e-9) if kls[-1] < 1e-9 else (len(kls) - 0.75, kls[-1])  # off the axis
+        place = (0.8, 3e-9) if kls[-1] < 1e-9 else (len(kls) - 0.75, min(kls[-1], 150))
         ax.text(*place, f"λ = {lam:g}", color=colour, fontsize=11, va="center")
     kls = [kl(DATA, p_K) for p_K in self_play(DATA, WEAK, loss="hinge")]
     ax.plot(range(len(kls)), kls, "k--", lw=1)
@@ -69,7 +69,7 @@ def draw_phases(ax, runs):
     ax.plot(lam, abs(1 - 0.5 / lam), color="0.6", ls="--", label="|1 − 1/2λ|, exponential")
     for (lam, run), colour, mark in zip(runs.items(), COLOURS, MARKS):
         factor = max(abs(contraction(*run[:2])), 0.022)  # λ = 1: 0, drawn on the lower edge
-        ax.plot(lam, factor, mark, color=colour, ms=9, mec=BLACK, zorder=3, clip_on=False)
+        ax.plot(lam, factor, mark, color=colour, ms=9, mec=BLACK, zorder=3, clip_on=lam != 1)
     for lam, place in PAPER.items():
         ax.plot(lam, abs(1 - 1 / lam), "o", color=BLACK, ms=15, mfc="none", mew=2)
         ax.text(*place, f"paper's λ = {lam:g}:\n{behaviour(1 - 1 / lam)}", fontsize=10,
@@ -113,7 +113,7 @@ def draw_theory(path, runs, blind):
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.7))
     top.suptitle("(a) three answers: every λ walks the same curve through p$_0$ (■) and p_data "
                  "(★), in steps of its own", fontsize=13)
-    for ax, lam, colour in zip(top.subplots(1, len(runs)), runs, COLOURS):
+    for ax, lam, colour in zip(top.subplots(1, len(runs), squeeze=False)[0], runs, COLOURS):
         draw_walk(ax, lam, colour)
     axes = bottom.subplots(1, 3)
     draw_kl(axes[0], runs)

@@ -237,6 +237,17 @@ def test_spin_leaves_an_undrawn_answer_where_it_is_and_space_pins_it():
     assert [p for p, _ in space] == pytest.approx([pinned] * 3, abs=1e-6)
 
 
+def test_space_is_minimised_from_anywhere():
+    """Its loss is not convex in the logits: far out, where p(F) is e^−15, it curves downwards."""
+    generator, ends = torch.Generator().manual_seed(0), []
+    for i in range(60):
+        start_K = 4 * torch.randn(6, dtype=torch.float64, generator=generator)
+        ends.append(next_policy(REAL, WEAK, loss="space", mu=(0.1, 1.0, 10.0)[i % 3],
+                                generated_K=DRAWN, start_K=start_K).exp())
+    for end_K in ends:
+        assert_close(end_K, ends[0], atol=1e-6, rtol=0)
+
+
 def test_space_drops_an_undrawn_answer_when_the_drawn_ones_leave_nothing_over():
     real_K, drawn_K = (log_table(*[c / 20 for c in counts])
                        for counts in ((7, 3, 4, 3, 3, 0), (1, 2, 4, 7, 6, 0)))
@@ -272,6 +283,13 @@ def test_the_script_prints_what_the_theory_says_and_draws_it(tmp_path, capsys):
     assert len(floors) == 6 and all(float(line.split()[-1]) < 1e-12 for line in floors)
     picture = (tmp_path / "new" / "theory.png").read_bytes()
     assert picture[:4] == b"\x89PNG" and len(picture) > 30_000
+
+
+def test_one_lambda_that_diverges_is_printed_and_drawn(tmp_path, capsys):
+    theory.main(["--lam", "0.1", "--out", str(tmp_path)])
+    row, = (line for line in capsys.readouterr().out.splitlines() if " × " in line)
+    assert row.split()[:3] == ["0.1", "0.444", f"{by_hand(0.1, 1)[1][1]:.3g}"]
+    assert row.endswith("× −9: DIVERGES") and (tmp_path / "theory.png").exists()
 
 
 @pytest.mark.parametrize("flags, word", [(["--lam", "0"], "0.01 to 100"),
