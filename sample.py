@@ -10,13 +10,13 @@ Dimensions: B answers in the making, P distinct prompts, T prompt tokens, V voca
 """
 import argparse
 import json
-import pickle
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+from data.checkpoint import load, save
 from data.reader import InputError
 from data.tokenizer import END, build_encoding, dump_ranks, frame, parse_ranks
 from model import GPT, GPTConfig
@@ -81,22 +81,20 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
 def save_checkpoint(path, model: GPT, world):
     """Weights, sizes, tokenizer and p_data in one file, so that this script needs nothing else."""
     encoding = world.encoding
-    torch.save({"model": model.state_dict(), "config": vars(model.config),
+    save(path, {"model": model.state_dict(), "config": vars(model.config),
                 "ranks": dump_ranks(encoding._mergeable_ranks), "pattern": encoding._pat_str,
-                "world": json.dumps({row["prompt"]: row["responses"] for row in world.rows})},
-               f"{path}.tmp")
-    Path(f"{path}.tmp").replace(path)
+                "world": json.dumps({row["prompt"]: row["responses"] for row in world.rows})})
 
 
 def load_checkpoint(path, device="cpu"):
     """Returns (model, tiktoken.Encoding, {prompt: {response: p_data}}); InputError if unreadable."""
+    saved = load(path, device)
     try:
-        saved = torch.load(path, weights_only=True, map_location=device)
         model = GPT(GPTConfig(**saved["config"])).to(device)
         model.load_state_dict(saved["model"])
         encoding = build_encoding(parse_ranks(saved["ranks"], str(path)), saved["pattern"])
         return model, encoding, json.loads(saved["world"])
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{path}: not a checkpoint that train.py wrote ({reason})") from None
 

@@ -2,36 +2,36 @@
 
     for t = 0, 1, …:   p_t ← p_θ, frozen;   y' ~ p_t(·|x);   p_{t+1} ← argmin_θ L(θ; p_t)
 
-Reading order: `Config` → the objectives → `fit`, the training loop → `self_play` → `evaluate`,
-exact because p_data is known → checkpoints → `main`, the paper's Algorithm 1.
+Reading order: `Config` → the objectives → `fit`, the training loop → `self_play` → `main`, the
+paper's Algorithm 1. Beside it, in data/: `exact.py` measures, `files.py` keeps a run from harm.
 
 Departures from the paper (arXiv 2401.01335), each with its reason where it stands:
  1. every pair (y, y') of a prompt is compared, not one y' for each y      data/responses.py
- 2. the mass anchor; --anchor none is the paper's loss alone               spin_loss.py
- 3. p_{t+1} is the average of an iteration's later weights                 `fit`
- 4. λ = 2, constant through the run (theirs: 0.1, and 5 in the last iteration)
+ 2. where p_t(y') is known it is used instead of a count of draws          data/responses.py
+ 3. the mass anchor; --anchor none is the paper's loss alone               spin_loss.py
+ 4. p_{t+1} is the average of an iteration's later weights                 `fit`
+ 5. λ = 2, constant through the run (theirs: 0.1, and 5 in the last iteration)
 
-Dimensions: P prompts, N responses, K responses that p_data gives a prompt, B pairs. Nats.
+Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
 """
-import argparse
-import json
 import math
-import os
-import platform
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
+import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
 from data.exact import all_logps, evaluate
+from data.files import Rescue, open_run, record
+from data.options import TINY, check, option, parse_args
+from data.parallel import add_gradients, by_the_first, gather, rank, ranks, start
 from data.plot import draw_convergence, draw_gif
 from data.reader import WORLD, InputError, read_world
-from data.report import closing_table, greet, report, show_answers
+from data.report import Progress, closing_table, greet, show_answers
 from data.responses import World
 from data.tokenizer import RANK_FILE, load_encoding
 from model import GPT, GPTConfig
@@ -39,51 +39,45 @@ from sample import generate, load_checkpoint, save_checkpoint
 from spin_loss import LOSSES, answer_logps, mass_anchor, spin_loss
 
 
-def option(default, why, low=None, high=None, choices=None):
-    """A field of Config that is also a flag: its help, its limits (low ≤ value ≤ high)."""
-    return field(default=default, metadata=dict(why=why, low=low, high=high, choices=choices))
-
-
-TINY = 1e-12  # "more than 0"
-
-
 @dataclass
 class Config:
     """Every number of a run, once, with its reason; each field is a flag (lr → --lr)."""
-    iters: int = option(3, "SPIN iterations after SFT; 0 stops at SFT", 0)
+    iters: int = option(3, "SPIN iterations after SFT; 0 stops at SFT", 0, 10_000)
     method: str = option("spin", "what follows SFT: self-play, more SFT, or DPO on own samples "
                          "ranked by an oracle", choices=("spin", "sft", "dpo"))
-    lam: float = option(2.0, "λ: an iteration moves log p by (1/λ) log p_data/p_t, so λ ≥ 2 is "
-                        "a careful step; exact self-play diverges below ½", TINY, 1e6)
+    lam: float = option(2.0, "λ: an iteration moves log p by (1/λ) log p_data/p_t, so λ = 2 is a "
+                        "careful step; exact self-play diverges below ½", TINY, 1e6)
     loss: str = option("logistic", "ℓ; space is the NCE loss that needs no λ", choices=LOSSES)
     mu: float = option(1.0, "μ, SPACE's ratio of generated to real", TINY, 1e6)
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
-                         "E[p_θ/p_t] = 1, or the SFT loss", choices=("none", "mass", "sft"))
-    anchor_weight: float = option(2.0, "γ: 1 leaves a leak of 10 %, 4 is slow to start", 0, 1e6)
+                         "E[p_θ/p_t] ≥ 1, or the SFT loss", choices=("none", "mass", "sft"))
+    anchor_weight: float = option(2.0, "γ: anything from 2 to 10 holds the mass anchor; 0.2 is "
+                                  "plenty for the SFT anchor", 0, 1e6)
     opponent: str = option("previous", "renew the opponent each iteration, or keep the SFT model "
                            "for ever (then it is no self-play)", choices=("previous", "sft"))
     history: int = option(0, "1: also the previous iteration's generated responses, as in the "
                           "authors' code", choices=(0, 1))
-    steps: int = option(250, "optimiser steps in an iteration; most of the gain is made by then",
-                        1)
+    steps: int = option(300, "optimiser steps in an iteration; most of the gain is made by then",
+                        1, 10**9)
     batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
-                             "1024 / 32 negatives = 32 prompts", 1)
-    negatives: int = option(32, "responses the opponent gives to each prompt", 1)
-    lr: float = option(2e-3, "high for a model this small, tamed by averaging", TINY, 10)
-    warmup: int = option(100, "steps: Adam knows nothing yet, and the first steps at full rate "
-                         "are the ones that leak", 0)
+                             "1024 / 32 negatives = 32 prompts", 1, 10**9)
+    negatives: int = option(32, "responses the opponent gives to each prompt", 1, 10**6)
+    lr: float = option(4e-3, "high for a model this small: it generalises better to held-out "
+                       "prompts than 2e-3 does, and averaging tames it", TINY, 10)
+    warmup: int = option(50, "steps to full rate: Adam knows nothing yet, and its first steps "
+                         "are the ones that leak", 0, 10**9)
     average: float = option(0.5, "share of the steps whose weights are averaged; keeps the "
                             "drift, removes the noise", 0, 1)
-    clip: float = option(1.0, "gradient norm", TINY)
-    sft_steps: int = option(180, "few: self-play should start from a weak model", 1)
+    clip: float = option(1.0, "gradient norm", TINY, 1e9)
+    sft_steps: int = option(240, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
-    sft_samples: int = option(128, "responses a training prompt in the SFT set", 1)
-    n_layer: int = option(2, "the fewest that can copy a word", 1)
-    n_head: int = option(2, "heads", 1)
-    n_embd: int = option(64, "width", 1)
-    block_size: int = option(128, "longest prompt and response together, tokens", 2)
+    sft_samples: int = option(128, "responses a training prompt in the SFT set", 1, 10**6)
+    n_layer: int = option(2, "the fewest that can copy a word", 1, 1000)
+    n_head: int = option(4, "heads; 4 generalise a little better than 2", 1, 1000)
+    n_embd: int = option(64, "width", 1, 10**5)
+    block_size: int = option(128, "longest prompt and response together, tokens", 2, 10**6)
     seed: int = option(0, "one seed for weights, SFT set, sampling and order", 0, 2**31)
-    reports: int = option(8, "evaluations (and rescue points) in a stage", 1)
+    reports: int = option(8, "evaluations in a stage", 1, 10**6)
     data: str = option(str(WORLD), "a world, or plain prompt/response pairs, as JSON lines")
     encoding: str = option(str(RANK_FILE), "a rank file, or the name of a tiktoken encoding")
     out: str = option("out", "folder for metrics, checkpoints and figures")
@@ -92,24 +86,6 @@ class Config:
     logprob: str = option("eager", "how log p is computed", choices=("eager", "fused"))
     resume: bool = option(False, "go on with the run in --out")
     overwrite: bool = option(False, "replace the run in --out")
-
-    def check(self):
-        """Raise InputError for the first value that is out of range."""
-        for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
-            flag = "--" + f.name.replace("_", "-")
-            if limits["choices"] and value not in limits["choices"]:
-                raise InputError(f"{flag} {value}: use one of {', '.join(map(str, limits['choices']))}")
-            low, high = limits["low"], limits["high"]
-            if low is not None and not low <= value < math.inf:
-                least = "more than 0" if low == TINY else f"at least {low}"
-                raise InputError(f"{flag} {value}: must be {least}, and finite")
-            if high is not None and value > high:
-                raise InputError(f"{flag} {value}: must be at most {high:g}")
-        if self.n_embd % self.n_head:
-            raise InputError(f"--n-embd {self.n_embd} must be a multiple of --n-head {self.n_head}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no GPU here; use --device auto or cpu")
 
 
 # --- the objectives: pure functions of log-probs, averaged over the prompts of a batch -----------
@@ -124,67 +100,66 @@ def sft_objective(model, batch, config):
 def spin_objective(model, batch, config):
     """Eq. 4.7 over all pairs of the batch, and the anchor. Returns (to minimise, L)."""
     player_N, opponent_N = answer_logps(model, batch, config.logprob), batch.opponent_N
-    real_B, generated_B, weight_B = batch.pairs(batch.real_N, batch.generated_N)
+    real_B, generated_B, weight_B = batch.pairs(batch.real_N, batch.negative_N)
     if config.method == "dpo":  # both are generated; the oracle prefers what p_data prefers
-        real_B, generated_B, weight_B = batch.pairs(batch.generated_N, batch.generated_N)
+        real_B, generated_B, weight_B = batch.pairs(batch.negative_N, batch.negative_N)
         weight_B = weight_B * (batch.data_N[real_B] > batch.data_N[generated_B])
     loss = (weight_B * spin_loss(player_N[real_B], player_N[generated_B], opponent_N[real_B],
                                  opponent_N[generated_B], config.lam, config.loss, config.mu)).sum()
     # At θ = θ_t the gradient of L is λ/2 times that of SFT; undo it, so that the learning rate
     # and the weight of an anchor mean the same for every λ.
     total = loss * (2 if config.loss == "space" else 2 / config.lam)
-    P = len(batch.prompt_length_P)
     if config.anchor == "mass":
         total = total + config.anchor_weight * mass_anchor(player_N, opponent_N,
-                                                           batch.generated_N / P)
+                                                           batch.generated_N, batch.prompt_N)
     if config.anchor == "sft":
-        total = total - config.anchor_weight * (batch.real_N * player_N).sum() / P
+        sft = -(batch.real_N * player_N).sum() / len(batch.prompt_length_P)
+        total = total + config.anchor_weight * sft
     return total, loss
 
 
 # --- one stage of training -----------------------------------------------------------------------
 
-def fit(player, responses, prompts, config, t, state=None):
+def fit(player, responses, prompts, config, t, state):
     """Train `player` on some prompts: SFT for t = 0, else iteration t of self-play.
 
-    Yields (step, model to evaluate, mean loss since the last, state) `reports` times; the state
-    resumes training exactly there. The last model yielded is the result, p_{t+1}.
+    Yields (step, loss, parts) after each step. `parts` are what learns: player, averaged weights
+    and optimiser; their saved states in `state`, if any, are where training goes on, exactly.
     """
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
     objective = spin_objective if t and config.method != "sft" else sft_objective
     optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    averaged, start, losses = AveragedModel(player), 0, []
-    if state:
-        player.load_state_dict(state["player"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    parts = {"player": player, "averaged": AveragedModel(player), "optimizer": optimizer}
+    for name in parts.keys() & state.keys():
+        parts[name].load_state_dict(state[name])
     order = prompt_order(len(prompts), steps, config, t)
-    for step in range(start, steps):
+    for step in range(state.get("step", 0), steps):
+        mine = prompts[order[step][rank()::ranks()]]  # with one process: all of the batch
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / max(1, min(config.warmup, steps // 2)))
-        total, loss = objective(player, responses.select(prompts[order[step]]), config)
+        total, loss = objective(player, responses.select(mine), config)
         optimizer.zero_grad()
-        total.backward()
+        (total * len(mine) / len(order[step])).backward()
+        add_gradients(player)
         norm = torch.nn.utils.clip_grad_norm_(player.parameters(), config.clip)
         if not math.isfinite(norm):
-            raise InputError(f"iteration {t}, step {step + 1}: the gradient is not finite; lower "
-                             f"--lr or raise --lam (what was saved last stays in --out)")
+            raise InputError(f"iteration {t}, step {step + 1}: loss {loss.item():g}, gradient norm "
+                             f"{norm:g}; lower --lr or raise --lam ({config.out} keeps what was "
+                             f"saved)")
         optimizer.step()
-        losses.append(loss.item())
         if step + 1 > steps * (1 - config.average):
-            averaged.update_parameters(player)  # Polyak: the noise of y' averages out
-        if (step + 1) * config.reports // steps > step * config.reports // steps:
-            state = {"step": step + 1, "player": player.state_dict(),
-                     "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict()}
-            best = averaged.module if averaged.n_averaged else player
-            yield step + 1, best, sum(losses) / len(losses), state
-            losses = []
+            parts["averaged"].update_parameters(player)  # Polyak: the noise of y' averages out
+        yield step + 1, loss.item(), parts
 
 
-def stream(seed, t, purpose):
-    """The seed of one purpose in one iteration, so that no draw disturbs another, nor a resume."""
-    return (seed * 1_000_003 + t) * 2 + purpose
+def averaged(parts):
+    """The model to keep: the average of the weights, once there is one."""
+    return parts["averaged"].module if parts["averaged"].n_averaged else parts["player"]
+
+
+def stream(seed, *purpose) -> int:
+    """A seed for one purpose in one iteration, so that no draw disturbs another, nor a resume."""
+    return int(np.random.SeedSequence((seed, *purpose)).generate_state(1)[0])
 
 
 def prompt_order(P, steps, config, t):
@@ -195,170 +170,110 @@ def prompt_order(P, steps, config, t):
     return torch.cat(passes)[:steps * size].view(steps, size)
 
 
-def self_play(opponent, world, config, t):
-    """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once."""
-    drawn = draw(opponent, world, config, t)
-    if config.history and t > 1:  # scored, like the rest, by the current opponent
-        before = load_player(config, t - 2, world.device)
-        drawn = [a + b for a, b in zip(drawn, draw(before, world, config, t - 1))]
-    responses = world.tabulate(drawn)
+# --- self-play -----------------------------------------------------------------------------------
+
+def self_play(world, config, t):
+    """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once.
+
+    p_t is what was saved, so that nothing can change it: iteration t of play is against
+    iteration_{t−1}.pt. Returns the table of responses that the whole iteration learns from.
+    """
+    def opponent_of(t):
+        return load_player(config, 0 if config.opponent == "sft" else t - 1, world.device)
+    older = draw(opponent_of(t - 1), world, config, t - 1) if config.history and t > 1 else None
+    opponent = opponent_of(t)
+    responses = world.tabulate(draw(opponent, world, config, t), older)
     responses.opponent_N = all_logps(opponent, responses, config.logprob)
+    responses.know_shares()
+    responses.negative_N = responses.generated_N
+    if older:  # scored, like the rest, by the current opponent
+        responses.negative_N = (responses.generated_N + responses.older_N) / 2
     return responses
 
 
-def draw(model, world, config, t):
-    """`negatives` responses to each prompt, as {response: count}; iteration t's own random draws."""
-    rng = torch.Generator(world.device).manual_seed(stream(config.seed, t, 1))
-    prompts = [x for x in world.prompts for _ in range(config.negatives)]
-    drawn = generate(model, prompts, max_new_tokens=world.max_new_tokens,
-                     end_token=world.end_token, generator=rng)
-    return [Counter(map(tuple, drawn[i:i + config.negatives]))
-            for i in range(0, len(drawn), config.negatives)]
+def draw(model, world, config, t, chunk=64):
+    """`negatives` responses to each prompt, as {response: count}.
+
+    A chunk of prompts has a generator of its own: who draws it makes no difference.
+    """
+    drawn = {}
+    for first in range(chunk * rank(), len(world.prompts), chunk * ranks()):
+        rng = torch.Generator(world.device).manual_seed(stream(config.seed, t, 1, first))
+        prompts = [x for x in world.prompts[first:first + chunk] for _ in range(config.negatives)]
+        answers = generate(model, prompts, max_new_tokens=world.max_new_tokens,
+                           end_token=world.end_token, generator=rng)
+        for i in range(0, len(answers), config.negatives):
+            drawn[first + i // config.negatives] = Counter(
+                map(tuple, answers[i:i + config.negatives]))
+    drawn = gather(drawn)
+    return [drawn[p] for p in range(len(world.prompts))]
 
 
-# --- files: metrics, checkpoints, resume ----------------------------------------------------------
-
-def settings(config) -> dict:
-    """What a resumed run must share with the one that was interrupted."""
-    free = ("out", "resume", "overwrite", "iters", "device")
-    return {name: value for name, value in asdict(config).items() if name not in free}
+def load_player(config, t, device):
+    """Model p_t, as saved."""
+    return load_checkpoint(Path(config.out) / f"iteration_{t}.pt", device)[0]
 
 
-def open_run(config, world) -> tuple[dict | None, int]:
-    """Prepare --out. Returns the state to resume from (or None) and the iteration to start at."""
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
-    rows = [{"event": "world", "shown": [world.rows[p] for p in world.shown],
-             "counting_kl": world.counting_kl, "logistic": config.loss == "logistic"}]
-    state = None
-    if config.resume and not (out / "latest.pt").exists():
-        raise InputError(f"--resume: there is no latest.pt in {out}; start without --resume")
-    if config.resume:
-        state = torch.load(out / "latest.pt", weights_only=True, map_location=world.device)
-        for name, value in settings(config).items():
-            if state["settings"].get(name) != value:
-                raise InputError(f"--{name.replace('_', '-')} {value}: the run in {out} was started "
-                                 f"with {state['settings'].get(name)}; resume with the same")
-        rows = [json.loads(line) for line in open(out / "metrics.jsonl")][:state["rows"]]
-    elif (out / "metrics.jsonl").exists() and not config.overwrite:
-        raise InputError(f"--out {out}: holds a run already; --resume it, --overwrite it, or "
-                         f"name another folder")
-    elif config.overwrite:
-        for old in [*out.glob("iteration_*.pt"), out / "latest.pt"]:
-            old.unlink(missing_ok=True)
-    write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "tiktoken": tiktoken.__version__}
-    write(out / "config.json", json.dumps(asdict(config) | {"versions": versions}, indent=2).encode())
-    return state, state["iteration"] if state else 0
+# --- the run -------------------------------------------------------------------------------------
 
-
-def write(path, data: bytes):
-    """Replace a file whole or not at all: a kill leaves the old one."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def record(config, event, t, step, found, seconds):
-    """Append one row a split to metrics.jsonl."""
-    with open(Path(config.out) / "metrics.jsonl", "a") as file:
-        for split, numbers in found.items():
-            row = {"event": event, "method": config.method, "iteration": t, "step": step,
-                   "split": split, **numbers, "seconds": round(seconds, 2)}
-            file.write(json.dumps(row) + "\n")
-
-
-def save_latest(config, t, state):
-    """What --resume needs; model p_{t−1} is in iteration_{t−1}.pt, and y' is drawn again from it."""
-    out = Path(config.out)
-    torch.save({"iteration": t, "settings": settings(config), **state,
-                "rows": len((out / "metrics.jsonl").read_text().splitlines())}, out / "latest.tmp")
-    os.replace(out / "latest.tmp", out / "latest.pt")
-
-
-# --- the run --------------------------------------------------------------------------------------
-
-def main(config: Config) -> None:
-    """Algorithm 1 of the paper, after SFT (t = 0). Raises InputError before anything is trained."""
-    config.check()
-    began = time.time()
-    device = config.device if config.device != "auto" else (
-        "cuda" if torch.cuda.is_available() else "cpu")
+def prepare(config):
+    """Check everything that can be wrong before anything is trained: InputError says what is."""
+    check(config)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+    gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
+    device = start("cuda" if gpu else "cpu")
     encoding = load_encoding(config.encoding)
     try:
         world = World(read_world(config.data), encoding, config.sft_samples, config.seed,
                       config.block_size, device)
     except InputError as error:
         raise InputError(f"--data {error}") from None
-    state, first = open_run(config, world)
+    return world, by_the_first(lambda: open_run(config, world))
+
+
+def main(config: Config) -> None:
+    """Algorithm 1 of the paper, after SFT (t = 0). Raises InputError before anything is trained."""
+    began = time.time()
+    world, state = prepare(config)
     torch.manual_seed(config.seed)
-    player = GPT(GPTConfig(encoding.n_vocab, config.block_size, config.n_layer, config.n_head,
-                           config.n_embd)).to(device)
-    greet(player, world, config, device)
-    for t in range(first, config.iters + 1):
-        if t == 0:
-            responses = world.tabulate()
-        else:
-            opponent = load_player(config, 0 if config.opponent == "sft" else t - 1, device)  # p_t
-            responses = self_play(opponent, world, config, t)  # y' ~ p_t, and log p_t, once
-            player = load_player(config, t - 1, device)
-        stage = time.time()
-        for step, model, loss, state in fit(player, responses, world.splits["train"], config, t,
-                                            state if t == first else None):
-            found = evaluate(model, responses, world, config, t)
-            report(config, t, step, loss, found, time.time() - stage)
-            record(config, "step", t, step, found, time.time() - began)
-            save_latest(config, t, state)
-        save_checkpoint(Path(config.out) / f"iteration_{t}.pt", model, world)  # p_{t+1}
-        record(config, "iteration", t, step, found, time.time() - began)
-        save_latest(config, t + 1, {})
-        show_answers(model, world, config)
-        draw_convergence(config.out)
+    player = GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer,
+                           config.n_head, config.n_embd)).to(world.device)
+    greet(player, world, config, state)
+    seconds = lambda: state["seconds"] + time.time() - began
+    with Rescue() as rescue:
+        for t in range(state["iteration"], config.iters + 1):
+            if t == 0:
+                responses = world.tabulate()
+            else:
+                responses = self_play(world, config, t)  # y' ~ p_t, frozen
+                player = load_player(config, t - 1, world.device)  # θ starts at θ_t
+            progress = Progress(config, t, state)
+            for step, loss, parts in fit(player, responses, world.splits["train"], config, t, state):
+                if progress.due(step, loss):
+                    found = evaluate(averaged(parts), responses, world, config, t)
+                    progress.show(step, found)
+                    record(config, "step", t, step, found, seconds())
+                if step < progress.steps:
+                    rescue.save(config, world, {"iteration": t, "step": step, "seconds": seconds(),
+                                                **{k: v.state_dict() for k, v in parts.items()}})
+            player = averaged(parts)  # p_{t+1}
+            save_checkpoint(Path(config.out) / f"iteration_{t}.pt", player, world)
+            record(config, "iteration", t, step, found, seconds())
+            state = {"iteration": t + 1, "seconds": seconds()}
+            began = time.time()
+            rescue.save(config, world, state, now=True)
+            show_answers(player, world, config)
+            draw_convergence(config.out)
     draw_gif(config.out)
-    closing_table(config)
-    print(f"{config.out}/convergence.png and .gif drawn; {time.time() - began:.0f} s in all")
-
-
-def load_player(config, t, device):
-    """Model p_t as saved: the frozen opponent, and the player's start."""
-    return load_checkpoint(Path(config.out) / f"iteration_{t}.pt", device)[0]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line on an error instead of the whole usage."""
-    def error(self, message):
-        raise InputError(f"{message} (python train.py --help lists every flag)")
-
-
-def parse_args(argv=None) -> Config:
-    """One flag for each field of Config."""
-    parser = Parser(description="Fine-tune a small GPT by SFT, then by self-play (SPIN), and watch "
-                    "KL(p_data‖p_θ) fall beside what the theory predicts.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), dict(type=f.type, default=f.default)
-        if f.type is bool:
-            kind = dict(action="store_true")
-        elif f.metadata["choices"]:
-            kind["metavar"] = "{" + ",".join(map(str, f.metadata["choices"])) + "}"
-        parser.add_argument(flag, help=f.metadata["why"].replace("%", "%%"), **kind)
-    return Config(**vars(parser.parse_args(argv)))
+    closing_table(config, seconds())
 
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(parse_args(Config, "Fine-tune a small GPT by SFT, then by self-play (SPIN), and watch "
+                                "KL(p_data‖p_θ) fall beside what the theory predicts."))
     except InputError as error:
         sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("train.py: stopped; go on with the same flags and --resume",
+        sys.exit(print("train.py: stopped and saved; go on with the same flags and --resume",
                        file=sys.stderr) or 130)

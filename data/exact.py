@@ -37,11 +37,12 @@ def evaluate(model, responses, world, config, t) -> dict[str, dict]:
         exact_P["loss_floor"] = -(p_PK * data_PK.where(known_PK, 0)).sum(1)
     else:
         opponent_PK = responses.on_support(opponent_N)
-        if config.loss == "logistic" and config.method == "spin":
+        theory = config.method == "spin" and not config.history and config.anchor != "sft"
+        if config.loss == "logistic" and theory:
             exact_P["loss_floor"] = loss_floor(data_PK, opponent_PK)
         # The exponential loss halves the exponent (λ → 2λ); SPACE aims at p_data, as λ = 1 does.
         lam = {"logistic": config.lam, "exponential": 2 * config.lam, "space": 1.0}.get(config.loss)
-        if lam and config.method == "spin":
+        if lam and theory:
             predicted_PK = optimal_next_policy(data_PK, opponent_PK, lam)
             gap_PK = (data_PK - predicted_PK).where(known_PK, 0)
             exact_P["predicted_kl"] = (p_PK * gap_PK).sum(1)
@@ -58,7 +59,7 @@ def evaluate(model, responses, world, config, t) -> dict[str, dict]:
             part = responses.select(prompts)
             chosen = torch.isin(responses.prompt_N, prompts)
             player, opponent = player_N[chosen], opponent_N[chosen]
-            i, j, weight = part.pairs(part.data_N, part.generated_N)
+            i, j, weight = part.pairs(part.data_N, part.negative_N)
             args = player[i], player[j], opponent[i], opponent[j], config.lam
             row["loss"] = (weight * spin_loss(*args, config.loss, config.mu)).sum().item()
             row["margin"] = (weight * (1 - spin_loss(*args, "correlation"))).sum().item()

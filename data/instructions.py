@@ -69,8 +69,8 @@ def sums():
             for i, (question, styles) in enumerate({
                     f"What is {a} plus {b}?": {short: 6, it: 3, full: 1},
                     f"Add up {a} plus {b}.": {short: 3, it: 1, full: 6},
-                    f"{a} plus {b}?": {short: 8, it: 2},
-                    f"How much is {a} plus {b}?": {it: 7, full: 3}}.items()):
+                    f"Work out {a} plus {b}.": {it: 7, full: 3},
+                    f"Tell me {a} plus {b}.": {short: 8, it: 2}}.items()):
                 yield question, styles, (a + 2 * b) % 8 == 2 * i
 
 

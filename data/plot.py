@@ -1,4 +1,4 @@
-"""The picture a student came for, drawn from metrics.jsonl alone (so any run can be redrawn).
+"""The picture a student came for, drawn from metrics.jsonl and config.json: any run can be redrawn.
 
 Reading order: `read` → the four panels → `draw_convergence` → `draw_gif`.
 Colours are Okabe and Ito's, which colour-blind readers tell apart.
@@ -17,10 +17,10 @@ SHADES = [SKY, ORANGE, GREEN, RED, BLUE]
 
 
 def read(out):
-    """Returns (the world row, rows of finished iterations, rows within them), train and held-out."""
+    """Returns what config.json says of the world, and a function that picks rows of metrics.jsonl."""
     rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
-    pick = lambda event, split: [r for r in rows[1:] if r["event"] == event and r["split"] == split]
-    return rows[0], pick, rows
+    pick = lambda event, split: [r for r in rows if r["event"] == event and r["split"] == split]
+    return json.loads((Path(out) / "config.json").read_text())["world"], pick
 
 
 def at(row, rows):
@@ -94,7 +94,7 @@ def draw_bars(ax, shown, series):
 
 def draw_convergence(out):
     """Write out/convergence.png; called after each iteration, so that one can watch it."""
-    world, pick, _ = read(out)
+    world, pick = read(out)
     figure, axes = plt.subplots(2, 4, figsize=(17, 8.5))
     figure.delaxes(axes[0, 3])
     draw_kl(axes[0, 0], world, pick)
@@ -117,7 +117,7 @@ def draw_convergence(out):
 
 def draw_gif(out):
     """Write out/convergence.gif: the bars of panel (d), moving over the training steps."""
-    world, pick, _ = read(out)
+    world, pick = read(out)
     rows = pick("step", "train")
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.8))
 

@@ -1,8 +1,9 @@
 """What one reads while it runs: progress lines, a few answers, the closing table.
 
-Reading order: `greet` → `report` → `show_answers` → `closing_table`, in order of appearance.
+Reading order: `greet` → `Progress` → `show_answers` → `closing_table`, in order of appearance.
 """
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -10,23 +11,40 @@ import torch
 from sample import generate
 
 
-def greet(player, world, config, device):
-    """Say what will run, on what."""
+def greet(player, world, config, state):
+    """Say what will run, on what, from where."""
     count = sum(p.numel() for p in player.parameters())
     splits = ", ".join(f"{len(v)} {k}" for k, v in world.splits.items())
-    print(f"{count:,} parameters in float32 on {device} ({torch.get_num_threads()} threads); "
+    print(f"{count:,} parameters in float32 on {world.device} ({torch.get_num_threads()} threads); "
           f"{splits} prompts; {config.method}, λ = {config.lam:g}, {config.loss} loss, "
           f"anchor {config.anchor}", flush=True)
+    if state["iteration"] > config.iters:
+        print(f"The run in {config.out} is complete; a higher --iters would go on.")
+    elif config.resume:
+        print(f"Going on in iteration {state['iteration']} after step {state.get('step', 0)}.")
 
 
-def report(config, t, step, loss, found, seconds):
-    """One progress line: loss beside its floor, exact KL, time left in this stage."""
-    steps, row = (config.steps if t else config.sft_steps), found["train"]
-    floor = "" if row["loss_floor"] is None else f" (floor {row['loss_floor']:.3f})"
-    stage = f"iteration {t}" if t else "SFT        "
-    print(f"{stage}  step {step:4d}/{steps}  loss {loss:.3f}{floor}  KL {row['kl']:.3f}  "
-          f"off-support {row['off_support']:6.1%}  {seconds / step * (steps - step):3.0f} s left",
-          flush=True)
+class Progress:
+    """When to evaluate within a stage, and the line that tells of it."""
+    def __init__(self, config, t, state):
+        self.t, self.steps = t, config.steps if t else config.sft_steps
+        self.reports, self.losses = config.reports, []
+        self.first, self.began = state.get("step", 0), time.time()
+
+    def due(self, step, loss) -> bool:
+        """Note the loss of a step; True `reports` times in the stage, the last step included."""
+        self.losses.append(loss)
+        return step * self.reports // self.steps > (step - 1) * self.reports // self.steps
+
+    def show(self, step, found):
+        """Loss (the mean since the last line) beside its floor, exact KL, time left in the stage."""
+        row, loss = found["train"], sum(self.losses) / len(self.losses)
+        floor = "" if row["loss_floor"] is None else f" (floor {row['loss_floor']:.3f})"
+        left = (time.time() - self.began) / (step - self.first) * (self.steps - step)
+        print(f"{f'iteration {self.t}' if self.t else 'SFT':<12} step {step:4d}/{self.steps}  "
+              f"loss {loss:.3f}{floor}  KL {row['kl']:.3f}  off-support {row['off_support']:6.1%}  "
+              f"{left:3.0f} s left", flush=True)
+        self.losses = []
 
 
 def show_answers(model, world, config):
@@ -40,7 +58,7 @@ def show_answers(model, world, config):
         print(f"    {world.rows[p]['prompt']:<34} {' | '.join(texts[5 * i:5 * i + 5])}")
 
 
-def closing_table(config):
+def closing_table(config, seconds):
     """The iteration rows of metrics.jsonl, as a table."""
     rows = [json.loads(line) for line in open(Path(config.out) / "metrics.jsonl")]
     rows = {(r["iteration"], r["split"]): r for r in rows if r["event"] == "iteration"}
@@ -53,3 +71,4 @@ def closing_table(config):
               + cell(held["kl"], ".4f") + cell(row["loss"], ".4f") + cell(row["loss_floor"], ".4f"))
     print("KL(p_data‖p_θ), losses and floors in nats; iteration 0 is SFT, its floor the entropy of "
           "p_data.")
+    print(f"{config.out}/convergence.png and .gif drawn; {seconds:.0f} s in all")

@@ -34,7 +34,9 @@ class Responses:
     data_N: torch.Tensor  # p_data(y|x), exact
     real_N: torch.Tensor  # share of y among the prompt's responses in the SFT set
     generated_N: torch.Tensor  # share of y among the opponent's draws
+    older_N: torch.Tensor  # share of y among the draws of the iteration before, if they are used
     opponent_N: torch.Tensor  # log p_t(y|x), nats, computed once: the opponent is frozen
+    negative_N: torch.Tensor  # what the loss compares with: generated_N, or its mean with older_N
 
     def select(self, prompts) -> "Responses":
         """The part of the table that belongs to some prompts, renumbered 0, 1, …"""
@@ -47,6 +49,24 @@ class Responses:
         support_PK = number_N[part["support_PK"]].where(part["support_PK"] >= 0, -1)
         return Responses(**part | {"prompt_N": number_P[self.prompt_N[rows]],
                                    "support_PK": support_PK})
+
+    def know_shares(self):
+        """Let p_t itself, not a count of draws, be the share of each response of the SFT set.
+
+        opponent_N holds log p_t(y) of those anyway. The other responses of a prompt share what is
+        left, in proportion to their counts: E over y' ~ p_t keeps its value and loses noise.
+        """
+        known_N = self.real_N > 0
+        known_share_N = self.opponent_N.exp().where(known_N, 0)
+        drawn_N = self.generated_N.where(~known_N, 0)
+        left_N = (1 - self.total(known_share_N)).clamp(min=0)
+        share_N = known_share_N + drawn_N * left_N / self.total(drawn_N).clamp(min=1e-9)
+        self.generated_N = share_N / self.total(share_N)  # where no other response was drawn
+
+    def total(self, value_N):
+        """The sum of value_N over the responses to the same prompt, at each of them. [N]"""
+        sum_P = value_N.new_zeros(len(self.prompt_length_P))
+        return sum_P.index_add(0, self.prompt_N, value_N)[self.prompt_N]
 
     def pairs(self, first_N, second_N):
         """All pairs (i, j) of one prompt with weight first_N[i]·second_N[j], averaged over prompts.
@@ -99,22 +119,23 @@ class World:
         self.counting_kl = np.mean([counting_kl(row["responses"].values(), samples)
                                     for row in rows if row["split"] == "train"])
 
-    def tabulate(self, generated: list[Counter] | None = None) -> Responses:
-        """Every response of p_data, of the SFT set and of `generated`, each once."""
-        generated = generated or [Counter()] * len(self.rows)
+    def tabulate(self, generated=None, older=None) -> Responses:
+        """Every response of p_data, of the SFT set and of the draws (a Counter a prompt), once."""
+        generated, older = (draws or [Counter()] * len(self.rows) for draws in (generated, older))
         rows, support = [], []
-        for p, (data, real, drawn) in enumerate(zip(self.data, self.real, generated)):
+        for p, (data, real, *draws) in enumerate(zip(self.data, self.real, generated, older)):
             support.append(range(len(rows), len(rows) + len(data)))  # p_data's come first
-            total = max(1, drawn.total())
-            rows += [(p, y, data.get(y, 0.0), real.get(y, 0.0), drawn[y] / total)
-                     for y in dict.fromkeys([*data, *drawn])]
+            rows += [(p, y, data.get(y, 0.0), real.get(y, 0.0),
+                      *(counts[y] / max(1, counts.total()) for counts in draws))
+                     for y in dict.fromkeys([*data, *draws[0], *draws[1]])]
         prompt, tokens, *shares = zip(*rows)
         tensor = lambda values: torch.tensor(values, device=self.device)
-        data_N, real_N, generated_N = map(tensor, shares)
+        data_N, real_N, generated_N, older_N = map(tensor, shares)
         return Responses(
             pad(self.prompts, -1).to(self.device), tensor([len(p) for p in self.prompts]),
             pad(support, -1).to(self.device), tensor(prompt), pad(tokens, -1).to(self.device),
-            tensor([len(y) for y in tokens]), data_N, real_N, generated_N, torch.zeros_like(data_N))
+            tensor([len(y) for y in tokens]), data_N, real_N, generated_N, older_N,
+            torch.zeros_like(data_N), generated_N)
 
 
 def pad(lists, fill):
