@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 LOSSES = ("logistic", "hinge", "exponential", "correlation", "space")
-TILE, LEAST_C = 3 << 19, 64  # logits in one block (6 MB stay in cache), and its fewest columns
+TILE, LEAST_C = 1 << 20, 64  # logits in one block (4 MB stay in cache), and its fewest columns
 
 
 def token_logps(hidden_ND, weight_VD, targets_N, impl="eager"):
@@ -67,8 +67,7 @@ class FusedLogps(torch.autograd.Function):
         for a in range(0, len(weight_VD), C):
             W_CD = weight_VD[a:a + C].to(h_ND.dtype)
             logits_NC = torch.mm(h_ND, W_CD.T, out=buffer_NC[:, :len(W_CD)])  # autocast spares out=
-            n = (y_N // C == a // C).nonzero()[:, 0]
-            yield a, W_CD, logits_NC, (n, y_N[n] - a)
+            yield a, W_CD, logits_NC, (n := (y_N // C == a // C).nonzero()[:, 0], y_N[n] - a)
     @staticmethod
     def forward(ctx, h_ND, weight_VD, y_N):
         z_N, max_N, sum_N = (h_ND.new_full(y_N.shape, x) for x in (math.nan, -math.inf, 0))
