@@ -1,7 +1,7 @@
 """What log p(y) costs without the table of logits: time and memory of six ways to compute it.
 
-    python tests/bench_logps.py            the table, and out/bench_logps.png  (about 7 minutes)
-    python tests/bench_logps.py --quick    a smaller shape and fewer vocabularies (about 1 minute)
+    python tests/bench_logps.py            the table, and out/bench_logps.png  (about 8 minutes)
+    python tests/bench_logps.py --quick    a smaller shape and fewer vocabularies (about 90 s)
     python tests/bench_logps.py --diagram  out/fused_memory.png: what is kept in memory, what not
 
 Each figure comes from a process of its own. Time is forward + backward, as a multiple of the
@@ -267,7 +267,7 @@ def draw_diagram(where) -> None:
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes; about a minute")
+    parser.add_argument("--quick", action="store_true", help="small shapes; about 90 s")
     parser.add_argument("--diagram", action="store_true", help="only draw what is kept in memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="cuda: CUDA events and torch.cuda.max_memory_allocated (unchecked)")
