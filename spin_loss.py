@@ -3,27 +3,99 @@
     L(θ) = E_{x, y~p_data, y'~p_t} ℓ( λ log p_θ(y|x)/p_t(y|x) − λ log p_θ(y'|x)/p_t(y'|x) )
 
 Equation and theorem numbers are those of Chen et al., arXiv 2401.01335.
-Reading order: `token_logps` → `sequence_logps` → `answer_logps` (the same, sharing prompts) →
-`spin_loss` → `mass_anchor` → `optimal_next_policy` → `loss_floor`. Run as a script
-(`python spin_loss.py`), it plays SPIN exactly on a table of six answers: no network, no data.
+Reading order: `token_logps` → `FusedLogps` (the same in less memory) → `sequence_logps` →
+`spin_loss` → `mass_anchor` → `optimal_next_policy` → `loss_floor`.
+`python spin_loss.py` plays SPIN exactly on a table of six answers: no network, no data.
 
 Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, N flat tokens or answers,
-P prompts, D width, V vocabulary, K answers that a prompt may get. Log-probabilities are in nats.
+P prompts, D width, V vocabulary, C columns of it, K answers that a prompt may get. Nats.
 """
+import functools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 
 LOSSES = ("logistic", "hinge", "exponential", "correlation", "space")
+TILE, LEAST_C = 1 << 20, 64  # logits in one block (4 MB stay in cache), and its fewest columns
 
 
 def token_logps(hidden_ND, weight_VD, targets_N, impl="eager"):
-    """log p(target) = z_target − log Σ_v exp z_v, logits z = hidden @ weightᵀ. Float32 [N], nats."""
-    if impl != "eager":
-        raise ValueError(f"impl is {impl!r}; this version knows only 'eager'")
+    """log p(target) = z_target − log Σ_v exp z_v, logits z = hidden @ weightᵀ; float32, nats."""
+    if impl not in ("eager", "fused"):
+        raise ValueError(f"impl is {impl!r}; use 'eager' or 'fused'")
+    if impl == "fused" and len(targets_N):  # the same, without the table that comes next
+        h_ND = hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32))
+        return FusedLogps.apply(h_ND, weight_VD, targets_N)
     logits_NV = (hidden_ND @ weight_VD.T).float()
     return logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
+
+
+def compiled(body, *tensors):  # by torch.compile; where that fails, plainly after one warning
+    try:
+        return FusedLogps.compile(body, dynamic=True)(*tensors)  # dynamic: N differs at every step
+    except Exception as error:  # no C++ compiler, no Triton, …
+        FusedLogps.compile = lambda body, dynamic: body
+        warnings.warn(f"fused log-probs run uncompiled: torch.compile met {type(error).__name__}")
+    return body(*tensors)
+
+
+def absorb(logits_NC, max_N, sum_N):  # one more block joins the running maximum and sum
+    new_N = torch.maximum(max_N, logits_NC.amax(1))
+    return new_N, sum_N * (max_N - new_N).exp() + (logits_NC - new_N[:, None]).exp().sum(1)
+
+
+def minus_softmax_(logits_NC, max_N, scale_N):  # in place: a block is read once, written once
+    logits_NC.copy_((logits_NC - max_N[:, None]).exp() * -scale_N[:, None])
+
+
+class FusedLogps(torch.autograd.Function):
+    """`token_logps` with the logits made one block of the vocabulary at a time, then dropped.
+
+    Forward: m is the largest logit so far, s = Σ exp(z_v − m) over the columns so far. A block
+    raises m to m' = max(m, its own), so s becomes s exp(m − m') + Σ_block exp(z_v − m'). At the
+    end log p(y) = (z_y − m) − log s, for z_y − (m + log s) would round off digits of log s.
+    Backward: ∂log p(y)/∂z_v = 1[v = y] − exp(z_v − m)/s. With g = ∂L/∂log p(y), each block's
+    logits, made anew from h and W, turn in place into G = g (1[v = y] − exp(z_v − m)/s); then
+    dH += G W_block, and dW_block = Gᵀ H is final. (So four matrix products instead of three.)
+    """
+    compile = functools.cache(torch.compile)
+
+    @staticmethod
+    def blocks(h_ND, weight_VD, y_N):  # first row, W_block, logits, where in them the targets are
+        C = min(len(weight_VD), max(LEAST_C, TILE // len(h_ND)))
+        buffer_NC = h_ND.new_empty(len(h_ND), C)  # every block's logits lie here in turn
+        for a in range(0, len(weight_VD), C):
+            W_CD = weight_VD[a:a + C].to(h_ND.dtype)
+            logits_NC = torch.mm(h_ND, W_CD.T, out=buffer_NC[:, :len(W_CD)])  # autocast spares out=
+            yield a, W_CD, logits_NC, (n := (y_N // C == a // C).nonzero()[:, 0], y_N[n] - a)
+
+    @staticmethod
+    def forward(ctx, h_ND, weight_VD, y_N):
+        z_N, max_N, sum_N = (h_ND.new_full(y_N.shape, x) for x in (math.nan, -math.inf, 0))
+        for a, W_CD, logits_NC, at in FusedLogps.blocks(h_ND, weight_VD, y_N):
+            z_N[at[0]] = logits_NC[at]
+            max_N, sum_N = compiled(absorb, logits_NC, max_N, sum_N)
+        ctx.kept = [(a, W_CD, logits_NC, at)] if a == 0 else []  # V is small: one block held all
+        ctx.save_for_backward(h_ND, weight_VD, y_N, max_N, sum_N)
+        return (z_N - max_N) - sum_N.log()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_N):
+        h_ND, weight_VD, y_N, max_N, sum_N = ctx.saved_tensors
+        dH_ND = torch.zeros_like(h_ND) if ctx.needs_input_grad[0] else None
+        dW_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        blocks = [ctx.kept.pop()] if ctx.kept else FusedLogps.blocks(h_ND, weight_VD, y_N)
+        for a, W_CD, logits_NC, at in blocks:
+            compiled(minus_softmax_, logits_NC, max_N, grad_N / sum_N)
+            logits_NC[at] += grad_N[at[0]]
+            if dH_ND is not None:
+                dH_ND.addmm_(logits_NC, W_CD)
+            if dW_VD is not None:
+                dW_VD[a:a + len(W_CD)] = torch.mm(logits_NC.T, h_ND, out=torch.empty_like(W_CD))
+        return dH_ND, dW_VD, None
 
 
 def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
@@ -36,29 +108,6 @@ def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
     logp_N = token_logps(hidden_BSD[scored_BS], model.head_weight, target_BS[scored_BS], impl)
     row_N = scored_BS.nonzero()[:, 0]
     return logp_N.new_zeros(len(tokens_BT)).index_add(0, row_N, logp_N)
-
-
-def answer_logps(model, answers, impl="eager", groups=4):
-    """log p_θ(y|x) of N answers to P prompts, [N], nats: `sequence_logps`, several times faster.
-
-    A prompt is read once, and all of its answers continue from its keys and values; answers are
-    read in groups of like length, so that short ones are not padded to the longest.
-    `answers` is a data.answers.Answers.
-    """
-    length_P = answers.prompt_length_P - 1  # ANSWER, a prompt's last token, is read with each y:
-    cache = model.read(answers.prompt_PT, length_P)
-    first_P1 = answers.prompt_PT.gather(1, length_P[:, None])  # it is what predicts y's first.
-    logp_N = torch.zeros(len(answers.prompt_N), device=length_P.device)
-    for n in answers.length_N.argsort().chunk(groups):
-        length_n, prompt_n = answers.length_N[n], answers.prompt_N[n]
-        target_nS = answers.tokens_NS[n, :int(length_n.max())]
-        scored_nS = torch.arange(target_nS.shape[1], device=n.device) < length_n[:, None]
-        input_nS = torch.cat([first_P1[prompt_n], target_nS[:, :-1]], dim=1)  # shifted by one
-        input_nS = input_nS.masked_fill(~scored_nS, -1)  # padding, which has no position
-        hidden_nSD = model.hidden(input_nS, cache.rows(prompt_n))
-        logp = token_logps(hidden_nSD[scored_nS], model.head_weight, target_nS[scored_nS], impl)
-        logp_N = logp_N.index_add(0, n[scored_nS.nonzero()[:, 0]], logp)
-    return logp_N
 
 
 def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, lam,

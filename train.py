@@ -25,18 +25,19 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from data.exact import all_logps, evaluate
+from data.exact import evaluate
 from data.files import Rescue, open_run, record
 from data.options import TINY, check, option, parse_args
 from data.parallel import add_gradients, by_the_first, gather, rank, ranks, start
 from data.plot import draw_convergence, draw_gif
 from data.reader import WORLD, InputError, read_world
 from data.report import Progress, closing_table, greet, show_answers
-from data.responses import World
+from data.responses import all_logps, answer_logps
 from data.tokenizer import RANK_FILE, load_encoding
+from data.world import World
 from model import GPT, GPTConfig
 from sample import generate, load_checkpoint, save_checkpoint
-from spin_loss import LOSSES, answer_logps, mass_anchor, spin_loss
+from spin_loss import LOSSES, mass_anchor, spin_loss
 
 
 @dataclass

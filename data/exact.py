@@ -3,20 +3,12 @@
 A prompt has few responses y with p_data(y|x) > 0, so every expectation over p_data is a short sum;
 whatever probability the model keeps beyond them is its share of wrong answers.
 
-Reading order: `all_logps` → `evaluate`.
 Dimensions: P prompts, N responses, K responses that p_data gives one prompt, B pairs. Nats.
 """
 import torch
 
-from spin_loss import answer_logps, loss_floor, optimal_next_policy, spin_loss
-
-
-@torch.no_grad()
-def all_logps(model, responses, impl):
-    """log p of every response, some prompts at a time so that memory stays small. [N], nats."""
-    P = len(responses.prompt_length_P)
-    parts = torch.arange(P, device=responses.prompt_N.device).split(64)
-    return torch.cat([answer_logps(model, responses.select(part), impl) for part in parts])
+from data.responses import all_logps
+from spin_loss import loss_floor, optimal_next_policy, spin_loss
 
 
 @torch.no_grad()

@@ -1,22 +1,18 @@
-"""A world as tensors: prompts, their responses, and how likely each is, in data and in samples.
+"""A table of prompts and responses, how likely each is in data and in samples, and its log-probs.
 
 SPIN needs log p(y|x) for real and generated responses. In a small world the same response is
 drawn again and again, so we keep each distinct one once, with its share of the draws as weight:
 an expectation over draws is a weighted sum, exactly, at a fraction of the cost.
 
-Reading order: `Responses`, the tensors → `World`, which makes them from rows and generations.
+Reading order: `Responses` → `answer_logps` → `all_logps`.
 Dimensions: P prompts, T prompt tokens, N responses (of all prompts), S response tokens, B pairs,
-K responses that p_data gives to one prompt.
+K responses that p_data gives to one prompt. Log-probs are in nats.
 """
-import dataclasses
-from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from data.reader import InputError, sample_sft
-from data.tokenizer import END, frame
+from spin_loss import token_logps
 
 
 @dataclass
@@ -88,67 +84,31 @@ class Responses:
         return torch.where(self.support_PK >= 0, value_N[self.support_PK], fill)
 
 
-class World:
-    """Rows of a world, tokenized, and the finite SFT set drawn from them."""
-    def __init__(self, rows, encoding, samples, seed, block_size, device="cpu"):
-        self.rows, self.encoding, self.device = rows, encoding, device
-        self.prompts, self.data, self.real = [], [], []
-        for row, counts in zip(rows, sample_sft(rows, samples, seed)):
-            self.prompts.append(frame(encoding, row["prompt"], "")[0])
-            tokens = {y: tuple(frame(encoding, "", y)[1]) for y in row["responses"]}
-            longest = len(self.prompts[-1]) + max(map(len, tokens.values()))
-            if longest > block_size:
-                raise InputError(f"line {row['line']}: prompt {row['prompt']!r} and its longest "
-                                 f"response are {longest} tokens, the model's --block-size is "
-                                 f"{block_size}: raise it, or shorten the row")
-            self.data.append({tokens[y]: p for y, p in row["responses"].items()})
-            self.real.append({tokens[y]: c / sum(counts.values()) for y, c in counts.items()})
-        is_train = np.array([row["split"] == "train" for row in rows])
-        self.splits = {"train": torch.tensor(is_train.nonzero()[0], device=device)}
-        if not is_train.all():
-            self.splits["heldout"] = torch.tensor((~is_train).nonzero()[0], device=device)
-        # A few prompts to look at: one a family, held-out ones first, with few enough responses.
-        first = {}
-        for p in sorted(range(len(rows)), key=lambda p: rows[p]["split"] == "train"):
-            if len(rows[p]["responses"]) <= 6:
-                first.setdefault(rows[p]["family"], p)
-        self.shown = [*first.values(), *range(min(4, len(rows)))][:4]
-        self.end_token = encoding.encode_single_token(END)
-        # Two tokens beyond the longest response: enough to see that a sample is not one of them.
-        self.max_new_tokens = 2 + max(len(y) for data in self.data for y in data)
-        self.counting_kl = np.mean([counting_kl(row["responses"].values(), samples)
-                                    for row in rows if row["split"] == "train"])
+def answer_logps(model, answers: Responses, impl="eager", groups=4):
+    """log p_θ(y|x) of every answer in a table, [N], nats: `sequence_logps`, several times faster.
 
-    def tabulate(self, generated=None, older=None) -> Responses:
-        """Every response of p_data, of the SFT set and of the draws (a Counter a prompt), once."""
-        generated, older = (draws or [Counter()] * len(self.rows) for draws in (generated, older))
-        rows, support = [], []
-        for p, (data, real, *draws) in enumerate(zip(self.data, self.real, generated, older)):
-            support.append(range(len(rows), len(rows) + len(data)))  # p_data's come first
-            rows += [(p, y, data.get(y, 0.0), real.get(y, 0.0),
-                      *(counts[y] / max(1, counts.total()) for counts in draws))
-                     for y in dict.fromkeys([*data, *draws[0], *draws[1]])]
-        prompt, tokens, *shares = zip(*rows)
-        tensor = lambda values: torch.tensor(values, device=self.device)
-        data_N, real_N, generated_N, older_N = map(tensor, shares)
-        return Responses(
-            pad(self.prompts, -1).to(self.device), tensor([len(p) for p in self.prompts]),
-            pad(support, -1).to(self.device), tensor(prompt), pad(tokens, -1).to(self.device),
-            tensor([len(y) for y in tokens]), data_N, real_N, generated_N, older_N,
-            torch.zeros_like(data_N), generated_N)
-
-
-def pad(lists, fill):
-    """[[1, 2], [3]] -> [[1, 2], [3, fill]] as a tensor."""
-    longest = max(map(len, lists))
-    return torch.tensor([[*items, *[fill] * (longest - len(items))] for items in lists])
-
-
-def counting_kl(probabilities, n):
-    """Expected KL(p_data‖p̂), nats, of counting n draws with ½ added to each count (p̂ > 0 then).
-
-    The mark to beat without learning anything across prompts: about (K − 1)/2n.
+    A prompt is read once, and all of its answers continue from its keys and values; answers are
+    read in groups of like length, so that short ones are not padded to the longest.
     """
-    p = np.array(list(probabilities))
-    draws = np.random.default_rng(0).multinomial(n, p / p.sum(), size=200) + 0.5
-    return float((p * np.log(p * draws.sum(1, keepdims=True) / draws)).sum(1).mean())
+    length_P = answers.prompt_length_P - 1  # ANSWER, a prompt's last token, is read with each y:
+    cache = model.read(answers.prompt_PT, length_P)
+    first_P1 = answers.prompt_PT.gather(1, length_P[:, None])  # it is what predicts y's first.
+    logp_N = torch.zeros(len(answers.prompt_N), device=length_P.device)
+    for n in answers.length_N.argsort().chunk(groups):
+        length_n, prompt_n = answers.length_N[n], answers.prompt_N[n]
+        target_nS = answers.tokens_NS[n, :int(length_n.max())]
+        scored_nS = torch.arange(target_nS.shape[1], device=n.device) < length_n[:, None]
+        input_nS = torch.cat([first_P1[prompt_n], target_nS[:, :-1]], dim=1)  # shifted by one
+        input_nS = input_nS.masked_fill(~scored_nS, -1)  # padding, which has no position
+        hidden_nSD = model.hidden(input_nS, cache.rows(prompt_n))
+        logp = token_logps(hidden_nSD[scored_nS], model.head_weight, target_nS[scored_nS], impl)
+        logp_N = logp_N.index_add(0, n[scored_nS.nonzero()[:, 0]], logp)
+    return logp_N
+
+
+@torch.no_grad()
+def all_logps(model, responses, impl):
+    """log p of every response, some prompts at a time so that memory stays small. [N], nats."""
+    P = len(responses.prompt_length_P)
+    parts = torch.arange(P, device=responses.prompt_N.device).split(64)
+    return torch.cat([answer_logps(model, responses.select(part), impl) for part in parts])

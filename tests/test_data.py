@@ -14,7 +14,7 @@ import torch
 
 from data.instructions import WORLD, build_world
 from data.reader import InputError, read_world, sample_sft
-from data.responses import World, counting_kl
+from data.world import World, counting_kl
 from data.tokenizer import (ANSWER, END, RANK_FILE, VOCAB_SIZE, dump_ranks, frame, load_encoding,
                             train_bpe)
 

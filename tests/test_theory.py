@@ -15,8 +15,9 @@ from torch.testing import assert_close
 import data.tokenizer
 import spin_loss as spin_module
 from conftest import all_answers, logp_by_hand, tiny_gpt
-from data.responses import Responses, World
-from spin_loss import (LOSSES, answer_logps, loss_floor, mass_anchor, optimal_next_policy,
+from data.responses import Responses, answer_logps
+from data.world import World
+from spin_loss import (LOSSES, loss_floor, mass_anchor, optimal_next_policy,
                        sequence_logps, spin_loss, token_logps)
 
 DATA = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64).log()
@@ -173,7 +174,7 @@ def test_answer_logps_take_every_answer_that_fits_the_block():
     zeros_N = torch.zeros(2)
     table = Responses(pad(prompts), torch.tensor([10, 1]), torch.tensor([[0], [1]]),
                       torch.tensor([0, 1]), pad(answers), torch.tensor([2, 10]),
-                      zeros_N, zeros_N, zeros_N, zeros_N)
+                      *[zeros_N] * 6)
     expected_N = torch.tensor([logp_by_hand(model, x, y) for x, y in zip(prompts, answers)])
     for groups in (1, 2):
         assert_close(answer_logps(model, table, groups=groups), expected_N, atol=1e-5, rtol=0)
@@ -410,22 +411,33 @@ def test_loss_floor_may_leave_out_what_the_data_never_says():
     assert whole == pytest.approx(by_hand, abs=1e-14)
 
 
+ONE_PROMPT = torch.zeros(5, dtype=torch.long)
+
+
 def test_mass_anchor_is_zero_at_theorem_5_4_optimum():
     for lam in (0.5, 1.0, 3.0):
         best_K = optimal_next_policy(DATA, WEAK, lam).requires_grad_()
-        anchor = mass_anchor(best_K, WEAK, WEAK.exp())
+        anchor = mass_anchor(best_K, WEAK, WEAK.exp(), ONE_PROMPT)
         anchor.backward()
         assert anchor.item() < 1e-25 and best_K.grad.abs().max() < 1e-12
 
 
 def test_mass_anchor_resists_a_common_downward_shift():
-    """(e^−c − 1)², whose slope in the shift is 2 (e^−c − 1) e^−c < 0: it pushes back up."""
+    """(1 − e^−c)², whose slope in the shift is −2 (1 − e^−c) e^−c: it pushes back up."""
     for c in (0.1, 1.0):
         shift = torch.tensor(-c, dtype=torch.float64, requires_grad=True)
-        anchor = mass_anchor(DATA + shift, WEAK, WEAK.exp())
+        anchor = mass_anchor(DATA + shift, WEAK, WEAK.exp(), ONE_PROMPT)
         anchor.backward()
-        assert anchor.item() == pytest.approx((math.exp(-c) - 1) ** 2, rel=1e-12)
-        assert shift.grad.item() == pytest.approx(2 * (math.exp(-c) - 1) * math.exp(-c), rel=1e-12)
+        assert anchor.item() == pytest.approx((1 - math.exp(-c)) ** 2, rel=1e-12)
+        assert shift.grad.item() == pytest.approx(-2 * (1 - math.exp(-c)) * math.exp(-c), rel=1e-12)
+
+
+def test_mass_anchor_looks_at_each_prompt_and_at_shortfalls_only():
+    """A leak at one prompt is not made good by an excess at another, nor is an excess punished."""
+    share_N, prompt_N = torch.tensor([0.25, 0.75, 0.5, 0.5]), torch.tensor([0, 0, 1, 1])
+    ratio_N = torch.tensor([0.4, 0.8, 9.0, 1.0])
+    anchor = mass_anchor(ratio_N.log(), torch.zeros(4), share_N, prompt_N)
+    assert anchor.item() == pytest.approx((1 - 0.25 * 0.4 - 0.75 * 0.8) ** 2 / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("module, examples", [(spin_module, 2), (data.tokenizer, 1)])
