@@ -176,13 +176,11 @@ def prompt_order(P, steps, config, t):
 def self_play(world, config, t):
     """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once.
 
-    p_t is what was saved, so that nothing can change it: iteration t of play is against
-    iteration_{t−1}.pt. Returns the table of responses that the whole iteration learns from.
+    Returns the table of responses that the whole iteration learns from.
     """
-    def opponent_of(t):
-        return load_player(config, 0 if config.opponent == "sft" else t - 1, world.device)
-    older = draw(opponent_of(t - 1), world, config, t - 1) if config.history and t > 1 else None
-    opponent = opponent_of(t)
+    opponent, older = frozen_opponent(config, t, world.device), None
+    if config.history and t > 1:
+        older = draw(frozen_opponent(config, t - 1, world.device), world, config, t - 1)
     responses = world.tabulate(draw(opponent, world, config, t), older)
     responses.opponent_N = all_logps(opponent, responses, config.logprob)
     responses.know_shares()
@@ -210,8 +208,13 @@ def draw(model, world, config, t, chunk=64):
     return [drawn[p] for p in range(len(world.prompts))]
 
 
+def frozen_opponent(config, t, device):
+    """The opponent of iteration t: what iteration t−1 saved, so that nothing can change it."""
+    return load_player(config, 0 if config.opponent == "sft" else t - 1, device)
+
+
 def load_player(config, t, device):
-    """Model p_t, as saved."""
+    """The model as it was saved after iteration t."""
     return load_checkpoint(Path(config.out) / f"iteration_{t}.pt", device)[0]
 
 
@@ -236,11 +239,11 @@ def main(config: Config) -> None:
     """Algorithm 1 of the paper, after SFT (t = 0). Raises InputError before anything is trained."""
     began = time.time()
     world, state = prepare(config)
+    began -= state["seconds"]  # of the run that is resumed
     torch.manual_seed(config.seed)
     player = GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer,
                            config.n_head, config.n_embd)).to(world.device)
     greet(player, world, config, state)
-    seconds = lambda: state["seconds"] + time.time() - began
     with Rescue() as rescue:
         for t in range(state["iteration"], config.iters + 1):
             if t == 0:
@@ -248,25 +251,24 @@ def main(config: Config) -> None:
             else:
                 responses = self_play(world, config, t)  # y' ~ p_t, frozen
                 player = load_player(config, t - 1, world.device)  # θ starts at θ_t
-            progress = Progress(config, t, state)
-            for step, loss, parts in fit(player, responses, world.splits["train"], config, t, state):
+            progress, train = Progress(config, t, state), world.splits["train"]
+            for step, loss, parts in fit(player, responses, train, config, t, state):
                 if progress.due(step, loss):
                     found = evaluate(averaged(parts), responses, world, config, t)
                     progress.show(step, found)
-                    record(config, "step", t, step, found, seconds())
+                    record(config, "step", t, step, found, time.time() - began)
                 if step < progress.steps:
-                    rescue.save(config, world, {"iteration": t, "step": step, "seconds": seconds(),
-                                                **{k: v.state_dict() for k, v in parts.items()}})
+                    rescue.save(config, world, {"iteration": t, "step": step} | {
+                        name: part.state_dict() for name, part in parts.items()}, began)
             player = averaged(parts)  # p_{t+1}
             save_checkpoint(Path(config.out) / f"iteration_{t}.pt", player, world)
-            record(config, "iteration", t, step, found, seconds())
-            state = {"iteration": t + 1, "seconds": seconds()}
-            began = time.time()
-            rescue.save(config, world, state, now=True)
+            record(config, "iteration", t, step, found, time.time() - began)
+            state = {"iteration": t + 1}
+            rescue.save(config, world, state, began, now=True)
             show_answers(player, world, config)
-            draw_convergence(config.out)
-    draw_gif(config.out)
-    closing_table(config, seconds())
+            by_the_first(lambda: draw_convergence(config.out))
+    by_the_first(lambda: draw_gif(config.out))
+    by_the_first(lambda: closing_table(config, time.time() - began))
 
 
 if __name__ == "__main__":

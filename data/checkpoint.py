@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 
+from data.parallel import rank
 from data.reader import InputError
 
 
 def write(path, data: bytes):
     """Replace a file whole or not at all: whoever dies meanwhile leaves the old one."""
+    if rank():
+        return  # process 0 alone writes
     try:
         with open(f"{path}.tmp", "wb") as file:
             file.write(data)

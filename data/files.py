@@ -16,6 +16,7 @@ import torch
 
 from data.checkpoint import load, save, write
 from data.options import flag_of
+from data.parallel import rank
 from data.reader import InputError
 
 # What may differ between a run and its resumption.
@@ -83,6 +84,8 @@ def load_latest(out, config, world) -> dict:
 
 def save_latest(config, world, state: dict):
     """What --resume needs besides iteration_{t−1}.pt, from which y' is drawn again, alike."""
+    if rank():
+        return
     out = Path(config.out)
     if (out / "latest.pt").exists():
         write(out / "previous.pt", (out / "latest.pt").read_bytes())
@@ -92,6 +95,8 @@ def save_latest(config, world, state: dict):
 
 def record(config, event, t, step, found, seconds):
     """Append one row a split to metrics.jsonl."""
+    if rank():
+        return
     rows = [{"event": event, "method": config.method, "iteration": t, "step": step,
              "split": split, **numbers, "seconds": round(seconds, 2)}
             for split, numbers in found.items()]
@@ -120,10 +125,10 @@ class Rescue:
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
 
-    def save(self, config, world, state, now=False):
+    def save(self, config, world, state, began, now=False):
         """save_latest, if it is time; then pass the Ctrl-C on."""
         if now or self.interrupted or time.monotonic() - self.last > 10:
-            save_latest(config, world, state)
+            save_latest(config, world, state | {"seconds": time.time() - began})
             self.last = time.monotonic()
         if self.interrupted:
             raise KeyboardInterrupt
