@@ -27,9 +27,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from data.exact import evaluate
 from data.files import Rescue, open_run, record
+from data.gif import draw_gif
 from data.options import TINY, check, option, parse_args
 from data.parallel import add_gradients, by_the_first, gather, rank, ranks, start
-from data.plot import draw_convergence, draw_gif
+from data.plot import draw_convergence
 from data.reader import WORLD, InputError, read_world
 from data.report import Progress, closing_table, greet, show_answers
 from data.responses import all_logps, answer_logps

@@ -1,8 +1,9 @@
 """The picture a student came for, drawn from metrics.jsonl and config.json: any run can be redrawn.
 
-Reading order: `read` → the four panels → `draw_convergence` → `draw_gif`.
+Reading order: `read` → the four panels → `draw_convergence`. (`gif.py` lets panel (d) move.)
 Colours are Okabe and Ito's, which colour-blind readers tell apart.
 """
+import io
 import json
 import math
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import matplotlib
 matplotlib.use("Agg")  # files only: no screen is needed
 import matplotlib.pyplot as plt
-from matplotlib.animation import FuncAnimation, PillowWriter
+
+from data.checkpoint import write
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00".split()
 SHADES = [SKY, ORANGE, GREEN, RED, BLUE]
+LARGE = {"font.size": 14, "legend.fontsize": 12, "axes.titlesize": 15, "lines.linewidth": 2}
 
 
 def read(out):
@@ -35,16 +38,16 @@ def draw_kl(ax, world, pick):
         rows = pick("iteration", split)
         if rows:
             ax.plot([r["iteration"] for r in rows], [r["kl"] for r in rows], mark, color=colour,
-                    label=f"measured, {split} prompts")
+                    label="train prompts" if split == "train" else "held-out prompts")
     rows = [r for r in pick("iteration", "train") if r["predicted_kl"]]
     ax.plot([r["iteration"] for r in rows], [r["predicted_kl"] for r in rows], "^:", color=GREEN,
-            label="Theorem 5.4, from the p$_t$ before")
+            label="Theorem 5.4 predicts")
     ax.axhline(world["counting_kl"], color=BLACK, ls="-.", lw=1,
-               label="counting the SFT set, prompt by prompt")
+               label="counting the SFT set")
     ax.set(yscale="log", xlabel="iteration (0 is SFT)", ylabel="KL(p_data‖p_θ), nats",
-           title="(a) distance to p_data")
+           title="(a) distance from p_data")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(fontsize=8)
+    ax.legend()
 
 
 def draw_loss(ax, pick):
@@ -53,15 +56,16 @@ def draw_loss(ax, pick):
     for t in sorted({r["iteration"] for r in rows}):
         part = [r for r in rows if r["iteration"] == t]
         x = [t - 1, *(at(r, rows) for r in part)]
-        label = "loss L(θ; p$_t$)" if t == 1 else None
+        label = "loss" if t == 1 else None
         start = [math.log(2)] if part[0]["loss_floor"] is not None else [float("nan")]
         ax.plot(x, start + [r["loss"] for r in part], ".-", color=BLUE, label=label)
         if part[0]["loss_floor"] is not None:
             ax.hlines(part[0]["loss_floor"], t - 1, t, color=GREEN, lw=3,
                       label="its floor, log 2 − JSD" if t == 1 else None)
-    ax.axhline(math.log(2), color=BLACK, ls=":", label="log 2: player = opponent")
-    ax.set(xlabel="iteration", ylabel="loss, nats", title="(b) a rising best loss is success")
-    ax.legend(fontsize=8)
+    ax.axhline(math.log(2), color=BLACK, ls=":", label="log 2: player = p$_t$")
+    ax.set(xlabel="iteration", ylabel="loss, nats", title="(b) the floor rises to log 2: success",
+           xticks=range(rows[-1]["iteration"] + 1))
+    ax.legend()
 
 
 def draw_logps(ax, pick):
@@ -69,12 +73,13 @@ def draw_logps(ax, pick):
     rows = [r for r in pick("step", "train") if r["iteration"]]
     x = [at(r, rows) for r in rows]
     for key, colour, mark, label in (
-            ("logp_real", BLUE, "o-", "mean log p_θ(y|x), real"),
-            ("logp_generated", RED, "s-", "mean log p_θ(y'|x), generated"),
+            ("logp_real", BLUE, "o-", "log p_θ, real answers"),
+            ("logp_generated", RED, "s-", "log p_θ, generated answers"),
             ("margin", BLACK, "^:", "margin λ(r − r')")):
         ax.plot(x, [r[key] for r in rows], mark, color=colour, ms=4, label=label)
-    ax.set(xlabel="iteration", ylabel="nats", title="(c) log-probabilities and margin")
-    ax.legend(fontsize=8)
+    ax.set(xlabel="iteration", ylabel="nats", title="(c) log-probabilities and margin",
+           xticks=range(rows[-1]["iteration"] + 1))
+    ax.legend()
 
 
 def draw_bars(ax, shown, series):
@@ -87,51 +92,42 @@ def draw_bars(ax, shown, series):
         ax.bar([i + (k - len(series) / 2) * width for i in range(len(names))], heights, width,
                color=colour, label=label)
     ax.set_xticks(range(len(names)), [n if len(n) < 13 else n[:12] + "…" for n in names],
-                  fontsize=8, rotation=20, ha="right")
-    ax.set(title=shown["prompt"], ylim=(0, 1), ylabel="probability")
-    ax.title.set_fontsize(10)
+                  rotation=25, ha="right", fontsize=12)
+    held = "\n(held out)" if shown["split"] == "heldout" else "\n(a training prompt)"
+    ax.set(title=shown["prompt"] + held, ylim=(0, 1))
+    ax.title.set_fontsize(13)
 
 
 def draw_convergence(out):
     """Write out/convergence.png; called after each iteration, so that one can watch it."""
     world, pick = read(out)
-    figure, axes = plt.subplots(2, 4, figsize=(17, 8.5))
-    figure.delaxes(axes[0, 3])
-    draw_kl(axes[0, 0], world, pick)
     done = pick("iteration", "train")
-    if len(done) > 1:
-        draw_loss(axes[0, 1], pick)
-        draw_logps(axes[0, 2], pick)
-    series = [[(f"p_{r['iteration']}" + (" (SFT)" if r["iteration"] == 0 else ""),
-                SHADES[r["iteration"] % len(SHADES)], p)
-               for r in done for p in [r["shown"][i]]] for i in range(len(world["shown"]))]
-    for ax, shown, bars in zip(axes[1], world["shown"], series):
-        draw_bars(ax, shown, bars)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc=(0.78, 0.62), fontsize=11,
-                  title="(d) below: p_data beside p_θ\nafter each iteration")
-    figure.tight_layout()
-    figure.savefig(Path(out) / "convergence.png", dpi=80)
+    with plt.rc_context(LARGE):
+        figure = plt.figure(figsize=(16, 10), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+        axes = top.subplots(1, 3)
+        draw_kl(axes[0], world, pick)
+        if len(done) > 1:
+            draw_loss(axes[1], pick)
+            draw_logps(axes[2], pick)
+        panels = bottom.subplots(1, len(world["shown"]), sharey=True)
+        for i, (ax, shown) in enumerate(zip(panels, world["shown"])):
+            draw_bars(ax, shown, [(name(r["iteration"]), SHADES[r["iteration"] % len(SHADES)],
+                                   r["shown"][i]) for r in done])
+        panels[0].set_ylabel("(d) probability of an answer")
+        bottom.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center",
+                      ncols=len(done) + 1)
+        save(figure, Path(out) / "convergence.png")
+
+
+def name(t: int) -> str:
+    """What the legend calls the model after iteration t."""
+    return f"p$_{{{t}}}$" + (" (SFT)" if t == 0 else "")
+
+
+def save(figure, path):
+    """Write the figure whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=80)
     plt.close(figure)
-
-
-def draw_gif(out):
-    """Write out/convergence.gif: the bars of panel (d), moving over the training steps."""
-    world, pick = read(out)
-    rows = pick("step", "train")
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.8))
-
-    def frame(k):
-        row = rows[k]
-        for i, (ax, shown) in enumerate(zip(axes, world["shown"])):
-            ax.clear()
-            draw_bars(ax, shown, [("p_θ", BLUE, row["shown"][i])])
-        stage = f"iteration {row['iteration']}" if row["iteration"] else "SFT"
-        figure.suptitle(f"{stage}, step {row['step']}: KL {row['kl']:.3f} nats "
-                        f"(black: p_data, blue: p_θ)")
-        figure.tight_layout()
-
-    frames = [*range(len(rows)), *[len(rows) - 1] * 5]
-    FuncAnimation(figure, frame, frames).save(Path(out) / "convergence.gif", PillowWriter(fps=4),
-                                              dpi=60)
-    plt.close(figure)
+    write(path, picture.getvalue())
