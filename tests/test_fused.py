@@ -90,6 +90,11 @@ def test_fused_value_and_both_gradients_match_the_definition(columns, C):
     assert_all_close(got, right)
 
 
+def test_plain_value_and_both_gradients_match_the_definition():
+    case = example()
+    assert_all_close(computed(*case, impl="eager"), by_hand(*case))
+
+
 def test_fused_and_plain_logprobs_agree_in_value_and_gradient():
     case = example(N=300, D=16, V=9000)  # two blocks with the sizes in use
     assert spin_loss.TILE // 300 < 9000
