@@ -302,7 +302,9 @@ def test_world_frames_prompt_and_response_with_one_answer_and_one_end():
     world = three_prompts()
     for prompt, data in zip(world.prompts, world.data):
         assert prompt[-1] == SPECIALS[ANSWER] and prompt.count(SPECIALS[ANSWER]) == 1
-        assert all(y[-1] == SPECIALS[END] and y.count(SPECIALS[END]) == 1 for y in data)
+        for y in data:
+            count = y.count(SPECIALS[END])
+            assert count == 1 and y[-1] == SPECIALS[END], f"{y} has END {count} times, not once"
     assert {name: index.tolist() for name, index in world.splits.items()} == {
         "train": [0, 2], "heldout": [1]}
 

@@ -86,7 +86,8 @@ def test_fused_value_and_both_gradients_match_the_definition(columns, C):
             "1[v = y] is missing": b - target,
             "the softmax is missing: only the target is pulled up": target,
             "nothing was added to the zeros": b * 0})
-        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6), f"∂L/∂{name} is wrong{hint}"
+        right_here = torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+        assert right_here, f"∂L/∂{name} is wrong{hint}"
     assert_all_close(got, right)
 
 

@@ -80,7 +80,7 @@ SHORT = [list(y) for n in (1, 2, 3) for y in itertools.product(range(4), repeat=
 
 
 @pytest.mark.parametrize("vocab_size, longest, prompts, n", [
-    (4, 3, [[2, 0], [1]], 20_000), (300, 1, [[7, 9]], 60_000), (4, 1, SHORT, 400)],
+    (4, 3, [[2, 0], [1]], 20_000), (300, 1, [[7, 9]], 30_000), (4, 1, SHORT, 400)],
     ids=["whole answers", "a wide vocabulary", "many prompts"])
 def test_negatives_are_samples_of_p_t_itself(vocab_size, longest, prompts, n):
     """At temperature 1 and nothing cut off, or the theorems do not apply. Chi-square over answers."""
@@ -182,7 +182,7 @@ def test_opponent_scores_what_it_generated(play, t, opponent):
              if not world.real[p].get(y)}
     assert got == right, f"iteration {t}: negatives that its opponent did not draw"
     right_N = logps_by_hand(model, world, responses)
-    assert torch.allclose(responses.opponent_N, right_N, atol=1e-4), (
+    assert (responses.opponent_N - right_N).abs().max() < 1e-4, (
         f"iteration {t}: log p_t is not that of the model that generated"
         + whose(responses.opponent_N, models, world, responses))
     assert not responses.opponent_N.requires_grad, "the opponent must not learn"
@@ -315,7 +315,7 @@ def test_history_mixes_in_the_draws_of_the_iteration_before(play):
             (responses.generated_N[row].item() + share) / 2, abs=1e-6)
     assert {(p, y) for p, counts in enumerate(older) for y in counts} <= set(rows)
     right_N = logps_by_hand(models[1], world, responses)
-    assert torch.allclose(responses.opponent_N, right_N, atol=1e-4), (
+    assert (responses.opponent_N - right_N).abs().max() < 1e-4, (
         "older draws are scored by the current opponent, like the rest"
         + whose(responses.opponent_N, models, world, responses))
     first = train.self_play(world, config, 1)
