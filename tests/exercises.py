@@ -1,6 +1,6 @@
 """Exercises that grade themselves: empty one function of this repository and write it again.
 
-    python tests/exercises.py list                what there is, in teaching order; `list 4`: the task
+    python tests/exercises.py list                all of them, in teaching order; `list 4`: the task
     python tests/exercises.py start 4             empties one function in your working copy
     python tests/exercises.py check 4             runs the tests of that exercise alone
     python tests/exercises.py hint 4              one hint more each time
@@ -76,13 +76,18 @@ def hint(n):
 def check(n):
     from teller import tell  # here, as nothing else needs pytest
     it = function(n)
+    try:
+        compile(b"".join(it.here), it.path.name, "exec")
+    except SyntaxError as error:
+        sys.exit(print(f"  ✗ {it.path.name}, line {error.lineno}: SyntaxError: {error.msg}") or 1)
     held, broken = tell(ROOT, EXERCISES[n - 1]["tests"])
     if broken:
-        sys.exit(print(f"{broken} of {held + broken} claims do not hold yet; `hint {n}` helps") or 1)
+        print(f"{broken} of {held + broken} claims do not hold yet; `hint {n}` helps")
+        sys.exit(1)
     if it.now() == it.original:
         return print(f"All {held} claims hold, of the original; `start {n}` empties it")
     notes(n, solved=True)
-    print(f"All {held} claims hold: solved. `show {n}` to compare; `restore {n}` keeps your version")
+    print(f"All {held} claims hold: solved. Compare with `show {n}`; `restore {n}` keeps yours too")
 
 
 def show(n):

@@ -1,4 +1,4 @@
-"""How `exercises.py check` runs tests: one line a claim, and in full what the first broken one says."""
+"""How `exercises.py check` runs tests: one line a claim, and all that the first broken one says."""
 import sys
 import textwrap
 from pathlib import Path
@@ -23,8 +23,9 @@ class Teller:
         print(f"  {'✗' if report.failed else '✓'} {claim}", flush=True)
         if report.failed and self.broken == 1:
             crash = getattr(report.longrepr, "reprcrash", None)
-            said = f"{crash.message}\n({Path(crash.path).name}, line {crash.lineno})" if crash else (
-                "\n".join(str(report.longrepr).splitlines()[-4:]))
+            said = "\n".join(str(report.longrepr).splitlines()[-4:])
+            if crash:
+                said = f"{crash.message}\n({Path(crash.path).name}, line {crash.lineno})"
             print(textwrap.indent(said.removeprefix("AssertionError: "), "      "))
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from copies import ROOT, Servers, copy_of_the_repository
 
-THEORY, MODEL, PLAY = "test_theory.py::test_", "test_model_and_sampling.py::test_", "test_play.py::test_"
-DATA, FUSED = "test_data.py::test_", "test_fused.py::test_"
+THEORY, MODEL = "test_theory.py::test_", "test_model_and_sampling.py::test_"
+PLAY, DATA, FUSED = "test_play.py::test_", "test_data.py::test_", "test_fused.py::test_"
 SCORED = "tokens_BT[:, 1:], response_BT[:, 1:]"
 PAIR = """player_N[real_B], player_N[generated_B], opponent_N[real_B],
                                  opponent_N[generated_B]"""
@@ -29,7 +29,8 @@ MISTAKES = {
     "mean instead of sum over tokens": (
         "spin_loss.py", "index_add(0, row_N, logp_N)",
         "index_add(0, row_N, logp_N) / scored_BS.sum(1)",
-        THEORY + "logprob_is_a_sum_over_response_tokens_not_a_mean", "you averaged: your value is 1/"),
+        THEORY + "logprob_is_a_sum_over_response_tokens_not_a_mean",
+        "you averaged: your value is 1/"),
     "mean instead of sum, with shared prompts": (
         "data/responses.py", "    return logp_N\n", "    return logp_N / answers.length_N\n",
         PLAY + "sft_loss_is_minus_the_mean_log_probability_of_the_sft_set",
@@ -66,7 +67,7 @@ MISTAKES = {
         "train.py", "map(tuple, answers[i:i + config.negatives])",
         "(tuple(y) if y[-1] == world.end_token else (*y, world.end_token)\n"
         "                 for y in answers[i:i + config.negatives])",
-        PLAY + "truncated_answers_carry_no_end", "this model rambles"),
+        PLAY + "truncated_answers_carry_no_end", "its longest answers all end with END"),
     "END forced onto the last token": (
         "train.py", "map(tuple, answers[i:i + config.negatives])",
         "((*y[:-1], world.end_token) for y in answers[i:i + config.negatives])",
@@ -113,7 +114,7 @@ MISTAKES = {
     "reference log-probs from another iteration's model": (
         "train.py", "all_logps(opponent, responses", "all_logps(load_player(config, 0, "
         "world.device), responses",
-        PLAY + "opponent_scores_what_it_generated", "these are the log-probs of iteration 0's model"),
+        PLAY + "opponent_scores_what_it_generated", "the log-probs of iteration 0's model"),
     "the opponent learns too": (
         "data/responses.py", "@torch.no_grad()\ndef all_logps", "def all_logps",
         PLAY + "opponent_scores_what_it_generated", "the opponent must not learn"),
@@ -175,7 +176,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
-    """{mistake: a future of (exit status, output)} for the mistakes to be tried, and None for none."""
+    """{mistake: a future of (exit status, output)}; None stands for no mistake."""
     wanted = [item.callspec.params["mistake"] for item in request.session.items
               if item.path == request.node.path and hasattr(item, "callspec")]
     folder = tmp_path_factory.mktemp("mistakes")
@@ -183,7 +184,8 @@ def outcomes(request, tmp_path_factory):
     def attempt(number, name):
         copy = copy_of_the_repository(folder / str(number))
         if name is None:
-            return servers.run(copy, sorted({MISTAKES[name][3] for name in wanted}))
+            of_each_file = {test.split("::")[0]: test for *_, test, _ in MISTAKES.values()}
+            return servers.run(copy, of_each_file.values())
         file, old, new, test, _ = MISTAKES[name]
         text = (copy / file).read_text("utf-8")
         (copy / file).write_text(text.replace(old, new), "utf-8")
@@ -198,7 +200,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 @needs_fork
 def test_copy_without_a_mistake_is_green(outcomes):
-    """Else a red test below would prove nothing."""
+    """Else a red test below would prove nothing. One test of each file shows that a copy works."""
     status, output = outcomes[None].result()
     assert status == 0, output
 

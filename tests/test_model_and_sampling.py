@@ -19,7 +19,7 @@ END = 3
 RAGGED = [[1], [0, 2, 1, 1, 0], [2, 0], [1], [2, 2, 2]]  # two are equal, on purpose
 
 
-# ---- The architecture ------------------------------------------------------------------------------
+# ---- The architecture ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_model_is_gpt2_written_out(heads):
@@ -76,7 +76,7 @@ def test_attention_is_a_mean_of_values_weighted_by_softmax_of_q_k_over_root_k():
             "you divided by √D; a head has K = D/H numbers": by_hand(scale=1 / math.sqrt(D)),
             "you divided by K, not by its root": by_hand(scale=H / D),
             "the mask is not applied": by_hand(causal=False),
-            "the softmax runs over the queries; it belongs over the keys": by_hand(over_keys=False)})
+            "the softmax runs over queries; it belongs over keys": by_hand(over_keys=False)})
     error = (got_TD - right_TD).abs().max().item()
     assert error < 1e-10, f"your values are off by up to {error:.2g}{hint}"
 
@@ -147,7 +147,7 @@ def test_more_tokens_than_block_size_are_refused():
         model(torch.zeros(1, 1, dtype=torch.long), cache)
 
 
-# ---- The cache ---------------------------------------------------------------------------------------
+# ---- The cache ----------------------------------------------------------------------------------
 
 def test_new_keys_and_values_come_after_the_old_ones_in_time():
     old, new = torch.arange(12.0).view(1, 2, 3, 2), 100 + torch.arange(8.0).view(1, 2, 2, 2)
@@ -185,7 +185,7 @@ def test_padding_in_the_cache_is_never_seen():
         assert_close(got_BTV[b], expected_TV, atol=1e-10, rtol=0)
 
 
-# ---- Generation --------------------------------------------------------------------------------------
+# ---- Generation ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def naive_generate(model, prompts, max_new_tokens, pick):
@@ -268,8 +268,8 @@ def test_default_sampling_is_at_temperature_one_and_untruncated():
         drawn = int((tokens_B == v).sum())
         assert abs(drawn - 1e5 * p) < 5 * math.sqrt(1e5 * p * (1 - p)), (
             f"token {v}: drawn {drawn} times in 100,000, expected {1e5 * p:.0f}" + (
-                ": you take the likeliest token; that is greedy, not a sample"
-                if len(tokens_B.unique()) == 1 else ": rare tokens are cut off" if not drawn else ""))
+                ": you take the likeliest; that is greedy, not a sample"
+                if len(tokens_B.unique()) == 1 else ": rare tokens are cut off" * (drawn == 0)))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -74,7 +74,7 @@ def whose(values_N, models, world, responses) -> str:
                                     for k, model in enumerate(models)}, tolerance=1e-3)
 
 
-# ---- Generating with the frozen opponent ---------------------------------------------------------
+# ---- Generating with the frozen opponent --------------------------------------------------------
 
 SHORT = [list(y) for n in (1, 2, 3) for y in itertools.product(range(4), repeat=n)]
 
@@ -83,11 +83,11 @@ SHORT = [list(y) for n in (1, 2, 3) for y in itertools.product(range(4), repeat=
     (4, 3, [[2, 0], [1]], 20_000), (300, 1, [[7, 9]], 30_000), (4, 1, SHORT, 400)],
     ids=["whole answers", "a wide vocabulary", "many prompts"])
 def test_negatives_are_samples_of_p_t_itself(vocab_size, longest, prompts, n):
-    """At temperature 1 and nothing cut off, or the theorems do not apply. Chi-square over answers."""
+    """At temperature 1, nothing cut off, or the theorems do not apply. Chi-square over answers."""
     model, end = tiny_gpt(vocab_size=vocab_size, seed=3), 3
     world = SimpleNamespace(prompts=prompts, max_new_tokens=longest, end_token=end, device="cpu")
     drawn = train.draw(model, world, Config(negatives=n), t=1)
-    assert [counts.total() for counts in drawn] == [n] * len(prompts), "`negatives` a prompt, in order"
+    assert [counts.total() for counts in drawn] == [n] * len(prompts), "`negatives` for each prompt"
     exact = [exact_probabilities(model, x, longest, end) for x in prompts]
     assert [c.keys() - p.keys() for c, p in zip(drawn, exact)] == [set()] * len(prompts), (
         "responses that p_t cannot give: is END stuck to one that was cut short?")
@@ -112,7 +112,8 @@ def test_truncated_answers_carry_no_end(play):
     world, config, models = play
     drawn = train.draw(models[0], world, config, 1)
     cut = [y for counts in drawn for y in counts if len(y) == world.max_new_tokens]
-    assert sum(y[-1] != world.end_token for y in cut) > 10, "this model rambles; so should its draws"
+    assert sum(y[-1] != world.end_token for y in cut) > 10, (
+        "this model rambles on, yet its longest answers all end with END: did you add it?")
     for counts in drawn:
         for y in counts:
             assert world.end_token not in y[:-1] and len(y) <= world.max_new_tokens, y
@@ -145,7 +146,7 @@ def test_prompts_are_framed_alike_for_training_generation_and_talk(play, monkeyp
     train.draw(models[0], world, config, 1)
     assert set(asked) == right, f"self-play asks {set(asked) - right}, training learns {right}"
     table = world.tabulate()
-    learned = {tuple(x[:n]) for x, n in zip(table.prompt_PT.tolist(), table.prompt_length_P.tolist())}
+    learned = {tuple(x[:n].tolist()) for x, n in zip(table.prompt_PT, table.prompt_length_P)}
     assert learned == right, f"training reads {learned - right}, expected {right}"
     asked.clear()
     sample.main(argparse.Namespace(out=config.out, samples=1, prompt=["Flip it."], seed=0, show=1,
@@ -153,11 +154,11 @@ def test_prompts_are_framed_alike_for_training_generation_and_talk(play, monkeyp
     assert set(asked) == {tuple(framed("Flip it."))}, f"sample.py asks {set(asked)}"
 
 
-# ---- The opponent: frozen within an iteration, renewed between ------------------------------------
+# ---- The opponent: frozen within an iteration, renewed between ----------------------------------
 
 @pytest.mark.parametrize("opponent, right", [("previous", [0, 1, 2]), ("sft", [0, 0, 0])])
 def test_opponent_is_what_the_iteration_before_saved(play, opponent, right):
-    """--opponent sft keeps iteration 0 for ever: DPO with self-generated negatives, not self-play."""
+    """--opponent sft keeps iteration 0 for ever: DPO with self-generated negatives."""
     _, config, models = play
     for t, k in enumerate(right, 1):
         model = train.frozen_opponent(Config(**vars(config) | {"opponent": opponent}), t, "cpu")
@@ -168,7 +169,8 @@ def test_opponent_is_what_the_iteration_before_saved(play, opponent, right):
             f"that of {same.index(True) if any(same) else 'none that was saved'}")
 
 
-@pytest.mark.parametrize("t, opponent", [(1, "previous"), (2, "previous"), (3, "previous"), (3, "sft")])
+@pytest.mark.parametrize("t, opponent", [(1, "previous"), (2, "previous"), (3, "previous"),
+                                         (3, "sft")])
 def test_opponent_scores_what_it_generated(play, t, opponent):
     """One and the same frozen model draws y' and gives log p_t, of every response, once."""
     world, config, models = play
@@ -190,7 +192,7 @@ def test_opponent_scores_what_it_generated(play, t, opponent):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two short iterations of train.main; what each step gave to spin_loss, and the saved models."""
+    """Two short iterations of train.main: what each step gave to spin_loss, and the saved models."""
     folder, steps, patch = tmp_path_factory.mktemp("run"), [], pytest.MonkeyPatch()
     path, exact = folder / "world.jsonl", train.spin_loss
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "line"}) + "\n"
@@ -199,7 +201,8 @@ def run(tmp_path_factory):
     def spy(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, *rest):
         steps.append((policy_real_B.detach(), opponent_real_B, policy_generated_B.detach(),
                       opponent_generated_B))
-        return exact(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, *rest)
+        return exact(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B,
+                     *rest)
     patch.setattr(train, "spin_loss", spy)
     for name in ("draw_convergence", "draw_gif"):
         patch.setattr(train, name, lambda out: None)
@@ -227,8 +230,8 @@ def test_opponent_is_frozen_within_an_iteration(run):
         for step in steps[first + 1:first + 4]:
             for k, name in ((1, "real"), (3, "generated")):
                 assert step[k].shape == start[k].shape and torch.equal(step[k], start[k]), (
-                    f"log p_t of {name} responses changes within an iteration: drawn from, or scored "
-                    f"by, the live player?")
+                    f"log p_t of {name} responses changes within an iteration: drawn from, or "
+                    f"scored by, the live player?")
             assert not torch.equal(step[0], start[0]), "the player did not move"
 
 
@@ -253,7 +256,7 @@ def test_no_gradient_reaches_the_opponent(run):
     assert not any(step[1].requires_grad or step[3].requires_grad for step in run[1])
 
 
-# ---- What is learned from: known shares, history --------------------------------------------------
+# ---- What is learned from: known shares, history ------------------------------------------------
 
 def test_self_play_weighs_known_responses_by_p_t_and_the_others_by_their_draws(play):
     world, config, models = play
@@ -293,7 +296,7 @@ def test_known_shares_keep_the_expectation():
 
 
 def one_prompt(generated, p, known):
-    """A table of one prompt; p_t is known of the first `known` responses: they are in the SFT set."""
+    """A table of one prompt; p_t is known of the first `known` responses, those of the SFT set."""
     one = World([ROWS[0]], load_encoding(), 8, 0, 32).tabulate()
     one.prompt_N = torch.zeros(len(p), dtype=torch.long)
     one.real_N = torch.tensor([1 / known] * known + [0.0] * (len(p) - known), dtype=torch.float64)
@@ -323,7 +326,7 @@ def test_history_mixes_in_the_draws_of_the_iteration_before(play):
         "before the first iteration there is no older opponent")
 
 
-# ---- The objectives ---------------------------------------------------------------------------------
+# ---- The objectives -----------------------------------------------------------------------------
 
 def batch_of(play):
     """(batch of the train prompts, player, log-probs by hand, {prompt: its rows})."""

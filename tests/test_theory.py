@@ -133,13 +133,13 @@ def test_token_logps_match_a_softmax_written_out():
                 "log₂ is not nats": (z[target] - log_total) / math.log(2)}))
     far = token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
     assert far.item() == -2000, (
-        f"{far.item()}, expected −2000: exp overflows here; subtract the largest logit before it, or "
+        f"{far.item()}, expected −2000: exp overflows here; subtract the largest logit first, or "
         f"let log_softmax do so")
     half = token_logps(hidden_ND.bfloat16(), weight_VD.bfloat16(), torch.tensor(targets))
     assert half.dtype == torch.float32, "sums of many small log-probs need float32"
 
 
-# ---- answer_logps: the same numbers, prompts shared ----------------------------------------------
+# ---- answer_logps: the same numbers, prompts shared ---------------------------------------------
 
 def small_world(block_size=40):
     encoding = data.tokenizer.load_encoding()
@@ -205,7 +205,7 @@ def test_answer_logps_take_every_answer_that_fits_the_block():
         assert_close(answer_logps(model, table, groups=groups), expected_N, atol=1e-5, rtol=0)
 
 
-# ---- The loss --------------------------------------------------------------------------------------
+# ---- The loss -----------------------------------------------------------------------------------
 
 def written_out(loss, real, generated, lam, mu=1.0):
     """Each loss at log-ratios r and r', as the papers print it."""
@@ -268,7 +268,7 @@ def test_unknown_names_are_refused_by_name():
         token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), "magic")
 
 
-# ---- The theorems, on a table of K answers ------------------------------------------------------------
+# ---- The theorems, on a table of K answers ------------------------------------------------------
 
 def population_loss(logp_K, data_K, opponent_K, lam=1.0, loss="logistic", mu=1.0):
     """E over y ~ p_data and y' ~ p_t, all K × K pairs with their probabilities."""
@@ -431,7 +431,7 @@ def test_log_error_shrinks_by_one_minus_one_over_lambda():
                      atol=1e-12, rtol=0)
 
 
-# ---- The floor, and what the loss cannot see ------------------------------------------------------
+# ---- The floor, and what the loss cannot see ----------------------------------------------------
 
 @pytest.mark.parametrize("lam", [0.5, 1.0, 3.0])
 def test_loss_floor_is_the_minimum_whatever_lambda(lam):
