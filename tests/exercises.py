@@ -85,9 +85,9 @@ def check(n):
         print(f"{broken} of {held + broken} claims do not hold yet; `hint {n}` helps")
         sys.exit(1)
     if it.now() == it.original:
-        return print(f"All {held} claims hold, of the original; `start {n}` empties it")
+        return print(f"{held} of {held} claims hold, of the original; `start {n}` empties it")
     notes(n, solved=True)
-    print(f"All {held} claims hold: solved. Compare with `show {n}`; `restore {n}` keeps yours too")
+    print(f"{held} of {held} claims hold: solved. Compare with `show {n}`; `restore {n}` keeps yours too")
 
 
 def show(n):

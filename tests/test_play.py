@@ -192,7 +192,7 @@ def test_opponent_scores_what_it_generated(play, t, opponent):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two short iterations of train.main: what each step gave to spin_loss, and the saved models."""
+    """Two iterations of train.main: what each step gave to spin_loss, and the saved models."""
     folder, steps, patch = tmp_path_factory.mktemp("run"), [], pytest.MonkeyPatch()
     path, exact = folder / "world.jsonl", train.spin_loss
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "line"}) + "\n"
