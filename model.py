@@ -3,7 +3,7 @@
     h = wte[token] + wpe[position];  for each block: h += attn(ln_1(h)); h += mlp(ln_2(h))
     logits = ln_f(h) @ wteᵀ          (the head is the token embedding itself: "tied")
 
-Reading order: `GPTConfig` → `KVCache` → `Attention` → `MLP` → `Block` → `GPT`.
+Reading order: `GPTConfig` → `KVCache` → `causal_mask` → `Attention` → `MLP` → `Block` → `GPT`.
 
 Dimensions: B batch, T tokens read now, C tokens in the cache after them, D width, H heads,
 K = D/H head size, V vocabulary. A suffix tells a tensor's shape: logits_BTV.
@@ -51,6 +51,16 @@ class KVCache:
         return new
 
 
+def causal_mask(query_BT, key_BC):
+    """visible_BTC: True where a query may see a key. Both come as positions in the sequence.
+
+    >>> causal_mask(torch.tensor([[1, 2]]), torch.tensor([[0, 1, 2]]))
+    tensor([[[ True,  True, False],
+             [ True,  True,  True]]])
+    """
+    return key_BC[:, None, :] <= query_BT[:, :, None]  # its own position and those before
+
+
 class Attention(nn.Module):
     """Each token gathers values from the tokens at or before it, weighted by softmax(q·k/√K)."""
     def __init__(self, config: GPTConfig):
@@ -60,6 +70,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x_BTD, visible_BTC, cache: KVCache, layer: int):
+        """Returns y_BTD, a query seeing a key where visible_BTC says so; the cache grows by T."""
         B, T, D = x_BTD.shape
         q_BHTK, k_BHTK, v_BHTK = (
             part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
@@ -135,8 +146,7 @@ class GPT(nn.Module):
         position_BT = position_BT.masked_fill(~real_BT, limit)
         cache.position_BC = position_BT if cache.position_BC is None else torch.cat(
             [cache.position_BC, position_BT], dim=1)
-        # The causal mask: a query sees the keys at its own position and before.
-        visible_BTC = cache.position_BC[:, None, :] <= position_BT[:, :, None]
+        visible_BTC = causal_mask(position_BT, cache.position_BC)
         x_BTD = self.wte(tokens_BT.clamp(min=0)) + self.wpe(position_BT.clamp(max=limit - 1))
         for layer, block in enumerate(self.h):
             x_BTD = block(x_BTD, visible_BTC, cache, layer)

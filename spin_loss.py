@@ -4,7 +4,7 @@
 
 Equation and theorem numbers are those of Chen et al., arXiv 2401.01335.
 Reading order: `token_logps` → `FusedLogps` (the same in less memory) → `sequence_logps` →
-`spin_loss` → `mass_anchor` → `optimal_next_policy` → `loss_floor`.
+`space_loss` → `spin_loss` → `mass_anchor` → `optimal_next_policy` → `loss_floor`.
 `python spin_loss.py` plays SPIN exactly on a table of six answers: no network, no data.
 
 Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, N flat tokens or answers,
@@ -84,6 +84,7 @@ class FusedLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N):
+        """∂L/∂h and ∂L/∂W from grad_N = ∂L/∂log p, as the class says; None for the targets."""
         h_ND, weight_VD, y_N, max_N, sum_N = ctx.saved_tensors
         dH_ND = torch.zeros_like(h_ND) if ctx.needs_input_grad[0] else None
         dW_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
@@ -110,12 +111,21 @@ def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
     return logp_N.new_zeros(len(tokens_BT)).index_add(0, row_N, logp_N)
 
 
+def space_loss(real_B, generated_B, mu=1.0):
+    """−log σ_μ(r) − μ log σ_{1/μ}(−r'), σ_μ(u) = 1/(1 + μ e^−u): SPACE, arXiv 2512.07175.
+
+    Two classifiers, "real or generated?", μ generated answers to a real one: it sees r and r'
+    themselves, not only r − r', and needs no λ. Unreduced; arguments are log-ratios in nats.
+    """
+    return F.softplus(math.log(mu) - real_B) + mu * F.softplus(generated_B - math.log(mu))
+
+
 def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, lam,
               loss="logistic", mu=1.0):
     """ℓ(λ(r − r')) for each pair (y, y'), unreduced; arguments are log-probs in nats.
 
     r = log p_θ(y|x)/p_t(y|x) is the real answer's log-ratio, r' the generated one's.
-    "space" is not a function of r − r' and has no λ (SPACE, arXiv 2512.07175, ratio μ).
+    "space" is not a function of r − r' and has no λ: `space_loss`, with μ.
     """
     real_B = policy_real_B - opponent_real_B
     generated_B = policy_generated_B - opponent_generated_B
@@ -128,8 +138,8 @@ def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_gener
         return torch.exp(-margin_B)
     if loss == "correlation":
         return 1 - margin_B
-    if loss == "space":  # −log σ_μ(r) − μ log σ_{1/μ}(−r'), σ_μ(u) = 1/(1 + μ e^−u)
-        return F.softplus(math.log(mu) - real_B) + mu * F.softplus(generated_B - math.log(mu))
+    if loss == "space":
+        return space_loss(real_B, generated_B, mu)
     raise ValueError(f"loss is {loss!r}; use one of {', '.join(LOSSES)}")
 
 

@@ -30,7 +30,7 @@ def write(folder, *lines, name="world.jsonl"):
     return folder / name
 
 
-# ---- The world -----------------------------------------------------------------------------------------
+# ---- The world ----------------------------------------------------------------------------------
 
 def test_world_is_regenerated_byte_for_byte():
     assert "".join(json.dumps(row) + "\n" for row in build_world()).encode() == WORLD.read_bytes()
@@ -99,7 +99,7 @@ def test_answers_of_the_other_families_are_right():
             assert all(name in y for y in answers), x
 
 
-# ---- The tokenizer -------------------------------------------------------------------------------------
+# ---- The tokenizer ------------------------------------------------------------------------------
 
 def test_any_text_survives_the_tokenizer():
     rng = random.Random(0)
@@ -160,7 +160,7 @@ def test_encoding_that_does_not_exist_is_refused():
         load_encoding("no-such-thing")
 
 
-# ---- Reading files ---------------------------------------------------------------------------------------
+# ---- Reading files ------------------------------------------------------------------------------
 
 GOOD = {"prompt": "first", "responses": {"a": 0.5, "b": 0.5}}
 
@@ -260,7 +260,7 @@ def test_world_is_read_in_order_with_line_numbers():
         assert got["responses"] == pytest.approx(line["responses"], abs=1e-6)
 
 
-# ---- The finite SFT set --------------------------------------------------------------------------------
+# ---- The finite SFT set -------------------------------------------------------------------------
 
 def test_sft_set_is_seeded_and_holds_nothing_held_out():
     a, b, c = (sample_sft(ROWS, 8, seed) for seed in (0, 0, 1))
@@ -280,7 +280,7 @@ def test_sft_set_is_drawn_independently_from_p_data():
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), f"{chi2:.0f} on {freedom} degrees"
 
 
-# ---- Tensors -------------------------------------------------------------------------------------------
+# ---- Tensors ------------------------------------------------------------------------------------
 
 def three_prompts():
     rows = [{"prompt": f"p{i}", "split": "heldout" if i == 1 else "train", "line": i + 1,
@@ -302,7 +302,9 @@ def test_world_frames_prompt_and_response_with_one_answer_and_one_end():
     world = three_prompts()
     for prompt, data in zip(world.prompts, world.data):
         assert prompt[-1] == SPECIALS[ANSWER] and prompt.count(SPECIALS[ANSWER]) == 1
-        assert all(y[-1] == SPECIALS[END] and y.count(SPECIALS[END]) == 1 for y in data)
+        for y in data:
+            count = y.count(SPECIALS[END])
+            assert count == 1 and y[-1] == SPECIALS[END], f"{y} has END {count} times, not once"
     assert {name: index.tolist() for name, index in world.splits.items()} == {
         "train": [0, 2], "heldout": [1]}
 

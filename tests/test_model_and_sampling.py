@@ -11,32 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from conftest import all_answers, logp_by_hand, tiny_gpt
-from model import GPT, GPTConfig, KVCache
+from conftest import exact_probabilities, gpt2_by_hand, known_mistake, logp_by_hand, tiny_gpt
+from model import GPT, Attention, GPTConfig, KVCache, causal_mask
 from sample import generate, next_tokens
 
 END = 3
 RAGGED = [[1], [0, 2, 1, 1, 0], [2, 0], [1], [2, 2, 2]]  # two are equal, on purpose
 
 
-# ---- The architecture ------------------------------------------------------------------------------
-
-def gpt2_by_hand(model, tokens_BT):
-    """GPT-2 from the weights alone: torch's own attention, normalisation and GELU."""
-    w, H = dict(model.named_parameters()), model.config.n_head
-    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
-    x = w["wte.weight"][tokens_BT] + w["wpe.weight"][:tokens_BT.shape[1]]
-    for i in range(model.config.n_layer):
-        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in qkv)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
-        wide = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        bent = 0.5 * wide * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
-        x = x + linear(bent, f"h.{i}.mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
-
+# ---- The architecture ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_model_is_gpt2_written_out(heads):
@@ -50,6 +33,52 @@ def test_model_is_gpt2_written_out(heads):
                     for z in (logits_BTV, expected_BTV))
     for (name, _), a, b in zip(model.named_parameters(), ours, theirs):
         assert_close(a, b, atol=1e-8, rtol=1e-8, msg=lambda text: f"gradient of {name}: {text}")
+
+
+def test_a_query_sees_its_own_position_and_those_before():
+    query_BT, key_BC = torch.tensor([[0, 1, 2], [4, 5, 9]]), torch.tensor([[0, 1, 2], [3, 5, 9]])
+    by_hand = lambda sees: [[[sees(q, k) for k in keys] for q in queries]
+                            for queries, keys in zip(query_BT.tolist(), key_BC.tolist())]
+    got = causal_mask(query_BT, key_BC)
+    assert got.tolist() == by_hand(lambda q, k: k <= q), f"{got.int().tolist()}" + known_mistake(
+        got, {"you hide a token from itself": by_hand(lambda q, k: k < q),
+              "each token sees the future, not the past": by_hand(lambda q, k: k >= q),
+              "True should mean visible, not hidden": by_hand(lambda q, k: k > q),
+              "every token sees all": by_hand(lambda q, k: True),
+              "queries and keys have changed places":
+                  torch.tensor(by_hand(lambda q, k: k <= q)).transpose(1, 2)})
+
+
+def test_attention_is_a_mean_of_values_weighted_by_softmax_of_q_k_over_root_k():
+    """Head by head, query by query, in plain sums."""
+    T, H, D = 4, 2, 6
+    model = tiny_gpt(n_head=H, n_embd=D).double()
+    attn, x_TD = model.h[0].attn, torch.randn(T, D, generator=torch.Generator().manual_seed(0))
+    qkv_T3D = F.linear(x_TD.double(), attn.c_attn.weight, attn.c_attn.bias)
+
+    def by_hand(scale=1 / math.sqrt(D // H), causal=True, over_keys=True):
+        y_TD = torch.zeros(T, D, dtype=torch.float64)
+        for h in range(H):
+            q, k, v = (qkv_T3D[:, a * D + h * D // H:][:, :D // H] for a in range(3))
+            weight = [[math.exp(scale * (q[i] @ k[j]).item()) if j <= i or not causal else 0.0
+                       for j in range(T)] for i in range(T)]
+            for i in range(T):
+                total = sum(weight[i]) if over_keys else None
+                for j in range(T):
+                    share = weight[i][j] / (total or sum(row[j] for row in weight))
+                    y_TD[i, h * D // H:(h + 1) * D // H] += share * v[j]
+        return F.linear(y_TD, attn.c_proj.weight, attn.c_proj.bias)
+    visible_BTC = torch.ones(1, T, T, dtype=torch.bool).tril()
+    with torch.no_grad():
+        got_TD, right_TD = attn(x_TD[None].double(), visible_BTC, KVCache(), 0)[0], by_hand()
+        hint = known_mistake(got_TD, {
+            "the scores lack 1/√K": by_hand(scale=1),
+            "you divided by √D; a head has K = D/H numbers": by_hand(scale=1 / math.sqrt(D)),
+            "you divided by K, not by its root": by_hand(scale=H / D),
+            "the mask is not applied": by_hand(causal=False),
+            "the softmax runs over queries; it belongs over keys": by_hand(over_keys=False)})
+    error = (got_TD - right_TD).abs().max().item()
+    assert error < 1e-10, f"your values are off by up to {error:.2g}{hint}"
 
 
 def test_parameter_names_are_gpt2s():
@@ -118,14 +147,29 @@ def test_more_tokens_than_block_size_are_refused():
         model(torch.zeros(1, 1, dtype=torch.long), cache)
 
 
-# ---- The cache ---------------------------------------------------------------------------------------
+# ---- The cache ----------------------------------------------------------------------------------
+
+def test_new_keys_and_values_come_after_the_old_ones_in_time():
+    old, new = torch.arange(12.0).view(1, 2, 3, 2), 100 + torch.arange(8.0).view(1, 2, 2, 2)
+    cache = KVCache()
+    assert cache.extend(0, old, -old)[0].shape == (1, 2, 3, 2), "the first call has nothing to join"
+    cache.extend(1, 50 + old, old)
+    k_BHTK, v_BHTK = cache.extend(0, new, -new)
+    right = [[[*o, *n] for o, n in zip(old[0].tolist(), new[0].tolist())]]
+    assert k_BHTK.tolist() == right, f"keys of shape {tuple(k_BHTK.shape)}" + known_mistake(
+        k_BHTK, {"the old ones are lost": new, "the new ones stand first": torch.cat(
+            [new, old], dim=2), "layer 1 got into layer 0": torch.cat([50 + old, new], dim=2)})
+    assert torch.equal(v_BHTK, -k_BHTK), "values are joined like keys, and kept apart from them"
+    assert cache.extend(0, new[:, :, :0], new[:, :, :0])[0].shape[2] == 5, (
+        "what extend returns must also be kept, for the next call to join")
+
 
 @pytest.mark.parametrize("pieces", [[1] * 8, [3, 5], [1, 6, 1], [8]])
 def test_reading_in_pieces_equals_reading_at_once(pieces):
     model, cache = tiny_gpt().double(), KVCache()
     tokens_BT = torch.randint(4, (3, 8), generator=torch.Generator().manual_seed(2))
     logits = [model(part, cache) for part in tokens_BT.split(pieces, dim=1)]
-    assert_close(torch.cat(logits, dim=1), model(tokens_BT), atol=1e-10, rtol=0)
+    assert_close(torch.cat(logits, dim=1), gpt2_by_hand(model, tokens_BT), atol=1e-10, rtol=0)
 
 
 def test_padding_in_the_cache_is_never_seen():
@@ -137,18 +181,19 @@ def test_padding_in_the_cache_is_never_seen():
     got_BTV = model(next_BT, cache.rows(torch.tensor(order)))
     for b, row in enumerate(order):
         alone = rows[row][:length_B[row]] + next_BT[b].tolist()
-        expected_TV = model(torch.tensor([alone]))[0, -2:]
+        expected_TV = gpt2_by_hand(model, torch.tensor([alone]))[0, -2:]
         assert_close(got_BTV[b], expected_TV, atol=1e-10, rtol=0)
 
 
-# ---- Generation --------------------------------------------------------------------------------------
+# ---- Generation ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def naive_generate(model, prompts, max_new_tokens, pick):
     """One answer at a time would draw in another order, so: step by step, each prefix anew."""
     answers, alive = [[] for _ in prompts], list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        logits = [model(torch.tensor([prompts[b] + answers[b]]))[0, -1] for b in alive]
+        logits = [gpt2_by_hand(model, torch.tensor([prompts[b] + answers[b]]))[0, -1]
+                  for b in alive]
         for b, token in zip(alive, pick(logits)):
             answers[b].append(token)
         alive = [b for b in alive if answers[b][-1] != END
@@ -196,27 +241,12 @@ def test_ragged_prompts_are_answered_as_if_alone():
     assert together[0] == together[3], "equal prompts, greedy: equal answers"
 
 
-def exact_probabilities(model, prompt, longest, temperature=1.0, top_k=None):
-    """{answer: probability} of everything that sampling can give, by enumeration."""
-    exact = {}
-    for y in all_answers(4, END, longest):
-        p = 1.0
-        for k, token in enumerate(y):
-            with torch.no_grad():
-                z = model(torch.tensor([prompt + y[:k]]))[0, -1].tolist()
-            allowed = sorted(z, reverse=True)[:top_k]
-            p *= (z[token] in allowed) * math.exp(z[token] / temperature) / sum(
-                math.exp(v / temperature) for v in allowed)
-        exact[tuple(y)] = p
-    return exact
-
-
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"temperature": 1.5}, {"top_k": 2},
                                       {"temperature": 0.7, "top_k": 3}], ids=str)
 def test_sampled_frequencies_match_exact_probabilities(settings):
     """Each answer within 5 standard deviations, and all together by chi-square."""
     model, prompt, n = tiny_gpt(seed=3), [2, 0], 20_000
-    exact = exact_probabilities(model, prompt, 3, **settings)
+    exact = exact_probabilities(model, prompt, 3, END, **settings)
     assert sum(exact.values()) == pytest.approx(1, abs=1e-9)
     draws = generate(model, [prompt] * n, max_new_tokens=3, end_token=END, **settings,
                      generator=torch.Generator().manual_seed(0))
@@ -236,7 +266,33 @@ def test_default_sampling_is_at_temperature_one_and_untruncated():
     tokens_B = next_tokens(logits_BV, generator=torch.Generator().manual_seed(0))
     for v, p in enumerate((0.9, 0.09, 0.009, 0.001)):
         drawn = int((tokens_B == v).sum())
-        assert abs(drawn - 1e5 * p) < 5 * math.sqrt(1e5 * p * (1 - p)), f"token {v}: {drawn}"
+        assert abs(drawn - 1e5 * p) < 5 * math.sqrt(1e5 * p * (1 - p)), (
+            f"token {v}: drawn {drawn} times in 100,000, expected {1e5 * p:.0f}" + (
+                ": you take the likeliest; that is greedy, not a sample"
+                if len(tokens_B.unique()) == 1 else ": rare tokens are cut off" * (drawn == 0)))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_divides_the_logits(temperature):
+    """p ∝ p_θ^(1/temperature): below 1 sharper, above 1 flatter."""
+    p_V, n = torch.tensor([0.6, 0.3, 0.1]), 50_000
+    tempered = lambda power: p_V**power / (p_V**power).sum()
+    tokens_B = next_tokens(p_V.log().repeat(n, 1), temperature,
+                           generator=torch.Generator().manual_seed(0))
+    got_V, right_V = tokens_B.bincount(minlength=3) / n, tempered(1 / temperature)
+    assert (got_V - right_V).abs().max() < 5 * 0.5 / math.sqrt(n), (
+        f"drawn {got_V.tolist()}, expected {right_V.tolist()}" + known_mistake(got_V, {
+            "you multiplied by the temperature": tempered(temperature),
+            "the temperature has no effect": p_V, "you take the likeliest": [1, 0, 0],
+            "all tokens are equally likely": [1 / 3] * 3}, tolerance=0.02))
+
+
+def test_top_k_keeps_the_k_likeliest_and_renormalises():
+    logits_BV = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().repeat(50_000, 1)
+    tokens_B = next_tokens(logits_BV, top_k=2, generator=torch.Generator().manual_seed(0))
+    shares_V = (tokens_B.bincount(minlength=4) / 50_000).tolist()
+    assert shares_V == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=0.012), shares_V
+    assert next_tokens(logits_BV[:1], temperature=0).tolist() == [1], "temperature 0 is greedy"
 
 
 @pytest.mark.parametrize("u, token", [(0.0, 1), (1.0, 2)])

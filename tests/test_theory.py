@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import conftest
 import data.tokenizer
 import spin_loss as spin_module
-from conftest import all_answers, logp_by_hand, tiny_gpt
+import model as model_module
+from conftest import all_answers, known_mistake, logp_by_hand, tiny_gpt
 from data.responses import Responses, answer_logps
 from data.world import World
 from spin_loss import (LOSSES, loss_floor, mass_anchor, optimal_next_policy,
-                       sequence_logps, spin_loss, token_logps)
+                       sequence_logps, space_loss, spin_loss, token_logps)
 
 DATA = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64).log()
 WEAK = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25], dtype=torch.float64).log()  # the opponent p_t
@@ -51,25 +53,36 @@ def test_token_is_scored_by_the_logits_before_it():
     got = sequence_logps(MarkovChain(TABLE), torch.tensor([tokens]), torch.tensor([response]))
     right = math.log(TABLE[2][1]) + math.log(TABLE[1][2]) + math.log(TABLE[2][END])
     unshifted = math.log(TABLE[1][1]) + math.log(TABLE[2][2]) + math.log(TABLE[END][END])
-    hint = ": each token scored by the logits that have read it?" if math.isclose(
-        got.item(), unshifted, rel_tol=1e-5) else ""
-    assert got.item() == pytest.approx(right, abs=1e-5), f"{got.item()} nats, not {right}{hint}"
+    hint = known_mistake(got.item(), {
+        "you score each token by the logits that have read it; those before it predict it":
+            unshifted,
+        "you averaged; a log-probability is a sum": right / 3,
+        "your sum includes the prompt": right + math.log(TABLE[0][2])})
+    assert got.item() == pytest.approx(right, abs=1e-5), (
+        f"your sum is {got.item():.4f} nats, expected {right:.4f}{hint}")
 
 
 def test_logprob_is_a_sum_over_response_tokens_not_a_mean():
     for n in (1, 2, 5):
         scored = scored_tokens([0, *[1] * n], [False, *[True] * n])
         assert scored == pytest.approx(n, abs=1e-5), (
-            f"{n} tokens of −log 4 each gave {scored:.3f} of them: a mean, or a token lost?")
+            f"{n} tokens of −log 4 each, and your value is {scored:.3f} of them" + known_mistake(
+                scored, {f"you averaged: your value is 1/{n} of the sum": 1,
+                         "END is not scored": n - 1, "END is scored twice": n + 1}))
 
 
 def test_prompt_and_padding_are_not_scored():
     for prompt, response, padding in ((1, 4, 0), (3, 4, 0), (1, 4, 2), (3, 4, 2)):
         scored = scored_tokens([0] * prompt + [1] * response + [0] * padding,
                                [False] * prompt + [True] * response + [False] * padding)
+        others = prompt - 1 + padding  # no logits stand before the first token
         assert scored == pytest.approx(response, abs=1e-5), (
-            f"scored {scored:.2f} tokens, expected {response}: is the prompt ({prompt}) or the "
-            f"padding ({padding}) in the sum?")
+            f"{scored:.2f} tokens scored, {response} expected" + known_mistake(scored, {
+                "your sum includes the prompt": prompt - 1 + response,
+                "your sum includes the padding": response + padding,
+                "your sum includes the prompt and the padding": response + others,
+                "your mask is inverted: all but the response is scored": others,
+                "END is not scored": response - 1, "you averaged": 1}))
 
 
 def test_end_token_is_scored():
@@ -79,7 +92,9 @@ def test_end_token_is_scored():
                             torch.tensor([[False, True, True], [False, True, False]]))
     difference = (logp_B[0] - logp_B[1]).item()
     assert difference == pytest.approx(math.log(TABLE[1][END]), abs=1e-5), (
-        f"END adds {difference} nats, expected {math.log(TABLE[1][END])}: dropped, or twice?")
+        f"END adds {difference:.4f} nats, expected {math.log(TABLE[1][END]):.4f}" + known_mistake(
+            difference, {"END is not scored": math.log(TABLE[0][1]),
+                         "END is scored twice": 2 * math.log(TABLE[1][END])}))
 
 
 def test_padding_and_batch_mates_change_nothing():
@@ -109,12 +124,22 @@ def test_token_logps_match_a_softmax_written_out():
     got_N = token_logps(hidden_ND, weight_VD, torch.tensor(targets))
     for hidden, target, got in zip(hidden_ND.tolist(), targets, got_N.tolist()):
         z = [sum(a * b for a, b in zip(hidden, row)) for row in weight_VD.tolist()]
-        assert got == pytest.approx(z[target] - math.log(sum(map(math.exp, z))), abs=1e-5)
+        log_total = math.log(sum(map(math.exp, z)))
+        assert got == pytest.approx(z[target] - log_total, abs=1e-5), (
+            f"{got:.5f} nats, expected {z[target] - log_total:.5f}" + known_mistake(got, {
+                "the logit itself is not a log-probability: subtract log Σ exp": z[target],
+                "this is the probability; take its log": math.exp(z[target] - log_total),
+                "this is −log p, the loss, not log p": log_total - z[target],
+                "log₂ is not nats": (z[target] - log_total) / math.log(2)}))
     far = token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
-    assert far.item() == -2000, "a naive softmax overflows here"
+    assert far.item() == -2000, (
+        f"{far.item()}, expected −2000: exp overflows here; subtract the largest logit first, or "
+        f"let log_softmax do so")
+    half = token_logps(hidden_ND.bfloat16(), weight_VD.bfloat16(), torch.tensor(targets))
+    assert half.dtype == torch.float32, "sums of many small log-probs need float32"
 
 
-# ---- answer_logps: the same numbers, prompts shared ----------------------------------------------
+# ---- answer_logps: the same numbers, prompts shared ---------------------------------------------
 
 def small_world(block_size=40):
     encoding = data.tokenizer.load_encoding()
@@ -180,7 +205,7 @@ def test_answer_logps_take_every_answer_that_fits_the_block():
         assert_close(answer_logps(model, table, groups=groups), expected_N, atol=1e-5, rtol=0)
 
 
-# ---- The loss --------------------------------------------------------------------------------------
+# ---- The loss -----------------------------------------------------------------------------------
 
 def written_out(loss, real, generated, lam, mu=1.0):
     """Each loss at log-ratios r and r', as the papers print it."""
@@ -199,9 +224,18 @@ def test_loss_is_its_formula_written_out(loss, lam):
     columns = policy_real, policy_generated, opponent_real, opponent_generated
     for mu in (0.5, 1.0, 2.0) if loss == "space" else (1.0,):
         got_B = spin_loss(*(torch.tensor(c, dtype=torch.float64) for c in columns), lam, loss, mu)
-        expected = [written_out(loss, pr - orr, pg - og, lam, mu)
-                    for pr, pg, orr, og in zip(*columns)]
-        assert got_B.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        value = lambda lam, r, sign=1: [written_out(loss, sign * real, sign * generated, lam, mu)
+                                        for real, generated in map(r, zip(*columns))]
+        ratios = lambda c: (c[0] - c[2], c[1] - c[3])
+        expected = value(lam, ratios)
+        assert got_B.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12), (
+            f"{got_B.tolist()}, expected {expected}" + known_mistake(got_B, {
+                "the sign of the margin is flipped: real − generated": value(lam, ratios, -1),
+                "λ is missing": value(1, ratios), "λ is squared": value(lam * lam, ratios),
+                "the opponent is left out of the log-ratios": value(lam, lambda c: c[:2]),
+                "the real answer's log-ratio stands for both": value(
+                    lam, lambda c: (c[0] - c[2],) * 2),
+                "return a loss for each pair, not their mean": sum(expected) / len(expected)}))
 
 
 def test_loss_rewards_real_answers_and_punishes_generated_ones():
@@ -234,7 +268,7 @@ def test_unknown_names_are_refused_by_name():
         token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), "magic")
 
 
-# ---- The theorems, on a table of K answers ------------------------------------------------------------
+# ---- The theorems, on a table of K answers ------------------------------------------------------
 
 def population_loss(logp_K, data_K, opponent_K, lam=1.0, loss="logistic", mu=1.0):
     """E over y ~ p_data and y' ~ p_t, all K × K pairs with their probabilities."""
@@ -301,7 +335,15 @@ def test_optimal_next_policy_is_the_formula_row_by_row():
         got_PK = optimal_next_policy(data_PK, weak_PK, lam).exp().tolist()
         for got, data_K, weak_K in zip(got_PK, data_PK.exp().tolist(), weak_PK.exp().tolist()):
             weight = [p * (d / p) ** (1 / lam) for d, p in zip(data_K, weak_K)]
-            assert got == pytest.approx([w / sum(weight) for w in weight], rel=1e-12)
+            power = lambda a, b, e: [p * (d / p) ** e for d, p in zip(a, b)]
+            normal = lambda weight: [w / sum(weight) for w in weight]
+            assert got == pytest.approx(normal(weight), rel=1e-12), (
+                f"λ = {lam}: {got}, expected {normal(weight)}" + known_mistake(got, {
+                    "the powers do not sum to 1 yet: normalise": weight,
+                    "the exponent is 1/λ, not λ": normal(power(data_K, weak_K, lam)),
+                    "p_data and p_t have changed places": normal(power(weak_K, data_K, 1 / lam)),
+                    "p_t is missing in front": normal(
+                        [(d / p) ** (1 / lam) for d, p in zip(data_K, weak_K)])}))
 
 
 def test_optimal_next_policy_at_the_edge_of_its_support():
@@ -329,6 +371,22 @@ def test_space_reaches_the_data_in_one_step_whatever_mu(mu):
     best_K, _ = minimise(
         lambda logp_K: population_loss(logp_K, DATA, WEAK, loss="space", mu=mu), WEAK)
     assert_close(best_K, DATA, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.0, 2.0])
+def test_space_asks_of_each_answer_alone_whether_it_is_real(mu):
+    sigma = lambda m, u: 1 / (1 + m * math.exp(-u))
+    r, r_ = [0.7, -1.2, 2.0], [-0.4, 0.9, 1.5]
+    value = lambda m, sign=1, weight=mu: [
+        -math.log(sigma(m, a)) - weight * math.log(sigma(1 / m, -sign * b)) for a, b in zip(r, r_)]
+    got_B = space_loss(*(torch.tensor(x, dtype=torch.float64) for x in (r, r_)), mu)
+    assert got_B.tolist() == pytest.approx(value(mu), rel=1e-12), (
+        f"{got_B.tolist()}, expected {value(mu)}" + known_mistake(got_B, {
+            "μ is missing before the second term": value(mu, weight=1),
+            "μ and 1/μ have changed places": value(1 / mu),
+            "the generated answer should look generated: −r'": value(mu, sign=-1)}))
+    far_B = space_loss(torch.tensor([-1000.0, 0]), torch.tensor([0, 1000.0]), mu)
+    assert far_B.isfinite().all(), "exp overflows; softplus does not"
 
 
 def test_space_sees_a_common_shift_that_the_relative_losses_cannot():
@@ -373,7 +431,7 @@ def test_log_error_shrinks_by_one_minus_one_over_lambda():
                      atol=1e-12, rtol=0)
 
 
-# ---- The floor, and what the loss cannot see ------------------------------------------------------
+# ---- The floor, and what the loss cannot see ----------------------------------------------------
 
 @pytest.mark.parametrize("lam", [0.5, 1.0, 3.0])
 def test_loss_floor_is_the_minimum_whatever_lambda(lam):
@@ -388,7 +446,13 @@ def test_loss_floor_is_log_2_minus_the_jensen_shannon_divergence():
             plus, minus = d[y] * p[z], p[y] * d[z]
             jsd += plus / 2 * math.log(2 * plus / (plus + minus))
             jsd += minus / 2 * math.log(2 * minus / (plus + minus))
-    assert loss_floor(DATA, WEAK).item() == pytest.approx(math.log(2) - jsd, abs=1e-14)
+    got, right = loss_floor(DATA, WEAK).item(), math.log(2) - jsd
+    single = sum(a / 2 * math.log(2 * a / (a + b)) + b / 2 * math.log(2 * b / (a + b))
+                 for a, b in zip(d, p))
+    assert got == pytest.approx(right, abs=1e-14), f"{got}, expected {right}" + known_mistake(got, {
+        "log 2 is missing": -jsd, "subtract the divergence": math.log(2) + jsd,
+        "this is the divergence alone": jsd,
+        "p₊ and p₋ are over pairs (y, y'), not over answers": math.log(2) - single})
     batch_P = loss_floor(torch.stack([DATA, DATA]), torch.stack([WEAK, DATA]))
     assert batch_P.tolist() == pytest.approx([math.log(2) - jsd, math.log(2)], abs=1e-14)
 
@@ -440,7 +504,8 @@ def test_mass_anchor_looks_at_each_prompt_and_at_shortfalls_only():
     assert anchor.item() == pytest.approx((1 - 0.25 * 0.4 - 0.75 * 0.8) ** 2 / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("module, examples", [(spin_module, 2), (data.tokenizer, 1)])
+@pytest.mark.parametrize("module, examples", [(spin_module, 2), (data.tokenizer, 1),
+                                              (model_module, 1), (conftest, 1)])
 def test_worked_examples_in_docstrings_are_true(module, examples):
     result = doctest.testmod(module)
     assert result.failed == 0 and result.attempted >= examples
