@@ -144,17 +144,19 @@ def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_gener
 
 
 def mass_anchor(policy_N, opponent_N, share_N, prompt_N):
-    """Mean over prompts of max(0, 1 − Σ_n share_n p_θ(y'_n)/p_t(y'_n))²: what SPIN cannot see.
+    """Mean over prompts of (1 − m) log 1/m, m = min(1, Σ_n share_n p_θ(y'_n)/p_t(y'_n)): the leak.
 
     Adding one constant to every log p_θ changes no margin, so SPIN lets probability leak to
     strings that nobody sampled. But E_{y'~p_t}[p_θ(y')/p_t(y')] = Σ_y' p_θ(y') = 1 wherever p_t
     covers p_θ, at Theorem 5.4's optimum too, so this penalty leaves that optimum where it is.
-    Only a shortfall is a leak; an excess is one rare answer's huge ratio, and punishing it would
-    push everything down. share_N sums to 1 a prompt; prompt_N numbers the prompts 0, 1, …
+    It is (1 − m)² for a small leak; a large one it pulls back with constant force, where the
+    square's would vanish. An excess is one rare answer's huge ratio: punishing it would push
+    everything down. share_N sums to 1 a prompt; prompt_N numbers the prompts 0, 1, …
     """
-    lost_N = share_N * (1 - (policy_N - opponent_N).exp())
-    lost_P = lost_N.new_zeros(int(prompt_N.max()) + 1).index_add(0, prompt_N, lost_N)
-    return lost_P.relu().square().mean()
+    ratio_N = share_N * (policy_N - opponent_N).exp()
+    m_P = ratio_N.new_zeros(int(prompt_N.max()) + 1).index_add(0, prompt_N, ratio_N)
+    m_P = m_P.clamp(1e-30, 1)
+    return ((m_P - 1) * m_P.log()).mean()
 
 
 def optimal_next_policy(logp_data_K, logp_opponent_K, lam):

@@ -146,7 +146,7 @@ MISTAKES = {
         "spin_loss.py", "mu * F.softplus(generated_B", "F.softplus(generated_B",
         THEORY + "space_asks_of_each_answer_alone_whether_it_is_real", "μ is missing"),
     "the anchor punishes an excess": (
-        "spin_loss.py", "lost_P.relu().square()", "lost_P.square()",
+        "spin_loss.py", "m_P.clamp(1e-30, 1)", "m_P.clamp(1e-30)",
         THEORY + "mass_anchor_looks_at_each_prompt_and_at_shortfalls_only", "assert"),
     "Theorem 5.4 with λ for 1/λ": (
         "spin_loss.py", "(1 - 1 / lam) * logp_opponent_K + logp_data_K / lam",

@@ -487,13 +487,17 @@ def test_mass_anchor_is_zero_at_theorem_5_4_optimum():
 
 
 def test_mass_anchor_resists_a_common_downward_shift():
-    """(1 − e^−c)², whose slope in the shift is −2 (1 − e^−c) e^−c: it pushes back up."""
-    for c in (0.1, 1.0):
+    """c (1 − e^−c), whose slope in the shift −c is −(1 − e^−c) − c e^−c: it pushes back up.
+
+    Also where c is large, where the slope of (1 − e^−c)² would be 2 e^−c, next to nothing.
+    """
+    for c in (0.1, 1.0, 30.0):
         shift = torch.tensor(-c, dtype=torch.float64, requires_grad=True)
         anchor = mass_anchor(DATA + shift, WEAK, WEAK.exp(), ONE_PROMPT)
         anchor.backward()
-        assert anchor.item() == pytest.approx((1 - math.exp(-c)) ** 2, rel=1e-12)
-        assert shift.grad.item() == pytest.approx(-2 * (1 - math.exp(-c)) * math.exp(-c), rel=1e-12)
+        assert anchor.item() == pytest.approx(c * (1 - math.exp(-c)), rel=1e-12)
+        slope = -(1 - math.exp(-c)) - c * math.exp(-c)
+        assert shift.grad.item() == pytest.approx(slope, rel=1e-12)
 
 
 def test_mass_anchor_looks_at_each_prompt_and_at_shortfalls_only():
@@ -501,7 +505,8 @@ def test_mass_anchor_looks_at_each_prompt_and_at_shortfalls_only():
     share_N, prompt_N = torch.tensor([0.25, 0.75, 0.5, 0.5]), torch.tensor([0, 0, 1, 1])
     ratio_N = torch.tensor([0.4, 0.8, 9.0, 1.0])
     anchor = mass_anchor(ratio_N.log(), torch.zeros(4), share_N, prompt_N)
-    assert anchor.item() == pytest.approx((1 - 0.25 * 0.4 - 0.75 * 0.8) ** 2 / 2, rel=1e-5)
+    m = 0.25 * 0.4 + 0.75 * 0.8  # at the other prompt 5, which counts as 1
+    assert anchor.item() == pytest.approx((1 - m) * math.log(1 / m) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("module, examples", [(spin_module, 2), (data.tokenizer, 1),
