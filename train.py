@@ -165,11 +165,16 @@ def stream(seed, *purpose) -> int:
 
 
 def prompt_order(P, steps, config, t):
-    """Which prompts each step takes, [steps, prompts a step]: shuffled passes over all of them."""
+    """Which prompts each step takes, [steps, prompts a step]: shuffled passes over all of them.
+
+    What does not fill a whole step at the end of a pass is left out of that pass, so that no step
+    takes a prompt twice.
+    """
     rng = torch.Generator().manual_seed(stream(config.seed, t, 0))
     size = min(P, max(1, config.batch_size // config.negatives))
-    passes = [torch.randperm(P, generator=rng) for _ in range(steps * size // P + 1)]
-    return torch.cat(passes)[:steps * size].view(steps, size)
+    passes = [torch.randperm(P, generator=rng)[:P // size * size].view(-1, size)
+              for _ in range(math.ceil(steps / (P // size)))]
+    return torch.cat(passes)[:steps]
 
 
 # --- self-play -----------------------------------------------------------------------------------

@@ -43,11 +43,11 @@ def dice():
 
 
 def categories():
-    """Zipf's law with exponent s = 0, 1, 2 or 3, which the adjective tells."""
+    """Zipf's law with exponent s = 0, 1, 2 or 3, which the adjective tells; inner ones held out."""
     for i, (kind, things) in enumerate(THINGS.items()):
         for s, adjective in enumerate(("random ", "", "common ", "typical ")):
             yield (f"Name a {adjective}{kind}.",
-                   {thing: 1 / k**s for k, thing in enumerate(things.split(), 1)}, i % 8 == 2 * s)
+                   {thing: 1 / k**s for k, thing in enumerate(things.split(), 1)}, s in (1, 2) and i % 4 == s)
 
 
 def greetings():
@@ -58,7 +58,7 @@ def greetings():
     for i, name in enumerate(NAMES):
         for j, (manner, styles) in enumerate(manners.items()):
             yield (f"Greet {name}{manner}.",
-                   {style.format(name): p for style, p in styles.items()}, i % 5 == j)
+                   {style.format(name): p for style, p in styles.items()}, i % 7 == j)
 
 
 def sums():

@@ -216,10 +216,14 @@ def test_every_field_is_a_flag_with_help_and_default():
     assert parse_args(Config, "", []) == Config()
 
 
-def test_order_takes_every_prompt_equally_often():
-    order = prompt_order(10, steps=25, config=Config(batch_size=32, negatives=8), t=1)
-    assert order.shape == (25, 4) and set(Counter(order.flatten().tolist()).values()) == {10}
-    assert not torch.equal(order, prompt_order(10, 25, Config(batch_size=32, negatives=8), t=2))
+def test_no_step_takes_a_prompt_twice_and_all_come_equally_often():
+    config = Config(batch_size=32, negatives=8)
+    order = prompt_order(10, steps=4000, config=config, t=1)
+    assert order.shape == (4000, 4) and all(len(set(step)) == 4 for step in order.tolist())
+    counts = torch.bincount(order.flatten())  # 1600 each; σ = 1600 · ¼ / 2000 passes: about 18
+    assert len(counts) == 10 and (counts - 1600).abs().max() < 90, counts
+    assert set(prompt_order(12, 3, config, 1).flatten().tolist()) == set(range(12))
+    assert not torch.equal(order, prompt_order(10, 4000, config, t=2))
 
 
 def test_bad_input_is_one_line_before_anything_is_trained(tmp_path):
