@@ -5,18 +5,18 @@
 Self-play needs exactly this at temperature 1 with nothing cut off: only then is an answer a
 sample of p_t, which every theorem of the paper supposes.
 
-Reading order: `next_tokens` → `generate` → `load_checkpoint` → `main`, a talk with the saved models.
+Reading order: `next_tokens` → `generate` → `load_checkpoint` → `main`, a talk with the models.
 Dimensions: B answers in the making, P distinct prompts, T prompt tokens, V vocabulary.
 """
-import argparse
 import json
-import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data.checkpoint import load, save
+from data.options import check_limits, command, option, parse_args
 from data.reader import InputError
 from data.tokenizer import END, build_encoding, dump_ranks, frame, parse_ranks
 from model import GPT, GPTConfig
@@ -87,41 +87,60 @@ def save_checkpoint(path, model: GPT, world):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Returns (model, tiktoken.Encoding, {prompt: {response: p_data}}); InputError if unreadable."""
+    """Returns (model, tiktoken.Encoding, {prompt: {response: p_data}}), or raises InputError."""
     saved = load(path, device)
     try:
-        model = GPT(GPTConfig(**saved["config"])).to(device)
-        model.load_state_dict(saved["model"])
+        config, weights = GPTConfig(**saved["config"]), saved["model"]
         encoding = build_encoding(parse_ranks(saved["ranks"], str(path)), saved["pattern"])
-        return model, encoding, json.loads(saved["world"])
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        # Before a model is built from sizes that may be forged, and fill the memory:
+        if [*weights["wte.weight"].shape, len(weights["wpe.weight"])] != [
+                encoding.n_vocab, config.n_embd, config.block_size] or config.n_layer > len(weights):
+            raise ValueError("its sizes and its weights disagree")
+        model = GPT(config).to(device)
+        model.load_state_dict(weights)
+        return model, encoding, {x: dict(y) for x, y in json.loads(saved["world"]).items()}
+    except Exception as error:  # a forged file can fail anywhere
         reason = str(error).split("\n")[0]
         raise InputError(f"{path}: not a checkpoint that train.py wrote ({reason})") from None
 
 
-def main(args):
+@dataclass
+class Talk:
+    """What to ask; each field is a flag."""
+    out: str = option("out", "folder of a run of train.py")
+    prompt: tuple = option((), "what to ask; may be repeated; the default is four of the world's")
+    samples: int = option(1000, "responses drawn from each model", 1, 10**7)
+    show: int = option(8, "most frequent responses to list", 0)
+    temperature: float = option(1.0, "1 is p_θ itself", 0, 1e6)
+    top_k: int = option(0, "only the k likeliest tokens (not p_θ any more); 0: all of them", 0)
+    max_new_tokens: int = option(24, "longest response", 1, 10**6)
+    seed: int = option(0, "of the draws", 0, 2**31)
+
+
+def main(args: Talk):
     """Print, for each prompt, how often each saved iteration gives each response, beside p_data."""
-    paths = sorted(Path(args.out).glob("iteration_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
-    if not paths:
+    check_limits(args)
+    paths = {p.stem[10:]: p for p in Path(args.out).glob("iteration_*.pt")}
+    names = sorted(filter(str.isdecimal, paths), key=int)
+    if not names:
         raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")
-    if args.samples < 1:
-        raise InputError(f"--samples {args.samples}: must be at least 1")
-    saved = [load_checkpoint(path) for path in paths]
+    saved = [load_checkpoint(paths[name]) for name in names]
     world = saved[0][2]
     for prompt in args.prompt or list(world)[::max(1, len(world) // 4)][:4]:
         counts = []
         for model, encoding, _ in saved:
-            rng = torch.Generator().manual_seed(args.seed)
-            tokens, _ = frame(encoding, prompt, "")
+            rng, end = torch.Generator().manual_seed(args.seed), encoding.encode_single_token(END)
+            tokens, limit = frame(encoding, prompt, "")[0], model.config.block_size
+            if len(tokens) > limit:
+                raise InputError(f"--prompt {prompt[:40]!r}: {len(tokens)} tokens, the limit "
+                                 f"(block_size) is {limit}")
             drawn = generate(model, [tokens] * args.samples, max_new_tokens=args.max_new_tokens,
-                             end_token=encoding.encode_single_token(END), generator=rng,
-                             temperature=args.temperature, top_k=args.top_k)
-            end = encoding.encode_single_token(END)
-            texts = (encoding.decode([token for token in y if token != end]) for y in drawn)
-            counts.append(Counter(texts))
+                             end_token=end, generator=rng, temperature=args.temperature,
+                             top_k=args.top_k or None)
+            counts.append(Counter(encoding.decode([k for k in y if k != end]) for y in drawn))
         data = world.get(prompt, {})
         common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
-        head = "".join(f"{'p_' + path.stem.split('_')[1]:>8}" for path in paths)
+        head = "".join(f"{'p_' + name:>8}" for name in names)
         print(f"\n{prompt}\n{'p_data':>10}{head}   response")
         for y in dict.fromkeys([*data, *common]):
             truth = f"{data[y]:>10.3f}" if y in data else f"{'0' if data else '?':>10}"
@@ -130,18 +149,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Ask each saved iteration and compare its answers with p_data.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="out", help="folder of a run of train.py")
-    parser.add_argument("--prompt", action="append", help="what to ask; may be repeated")
-    parser.add_argument("--samples", type=int, default=1000, help="responses drawn from each model")
-    parser.add_argument("--show", type=int, default=8, help="most frequent responses to list")
-    parser.add_argument("--temperature", type=float, default=1.0, help="1 is p_θ itself")
-    parser.add_argument("--top-k", type=int, help="only the k likeliest tokens (not p_θ any more)")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="longest response")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    try:
-        main(parser.parse_args())
-    except ValueError as error:  # InputError, or generate's own checks
-        sys.exit(print(f"sample.py: {error}", file=sys.stderr) or 2)
+    command("sample.py", lambda: main(parse_args(
+        Talk, "Ask each saved iteration and compare its answers with p_data.")))

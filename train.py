@@ -15,7 +15,6 @@ Departures from the paper (arXiv 2401.01335), each with its reason where it stan
 Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
 """
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -26,13 +25,14 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from data.exact import evaluate
-from data.files import Rescue, open_run, record
+from data.files import open_run
 from data.gif import draw_gif
-from data.options import TINY, check, option, parse_args
+from data.options import TINY, check, command, option, parse_args
 from data.parallel import add_gradients, by_the_first, gather, rank, ranks, start
 from data.plot import draw_convergence
 from data.reader import WORLD, InputError, read_world
 from data.report import Progress, closing_table, greet, show_answers
+from data.rescue import Rescue, record, restore
 from data.responses import all_logps, answer_logps
 from data.tokenizer import RANK_FILE, load_encoding
 from data.world import World
@@ -132,8 +132,7 @@ def fit(player, responses, prompts, config, t, state):
     objective = spin_objective if t and config.method != "sft" else sft_objective
     optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     parts = {"player": player, "averaged": AveragedModel(player), "optimizer": optimizer}
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
+    restore(parts, state, config)
     order = prompt_order(len(prompts), steps, config, t)
     for step in range(state.get("step", 0), steps):
         mine = prompts[order[step][rank()::ranks()]]  # with one process: all of the batch
@@ -145,9 +144,9 @@ def fit(player, responses, prompts, config, t, state):
         add_gradients(player)
         norm = torch.nn.utils.clip_grad_norm_(player.parameters(), config.clip)
         if not math.isfinite(norm):
-            raise InputError(f"iteration {t}, step {step + 1}: loss {loss.item():g}, gradient norm "
-                             f"{norm:g}; lower --lr or raise --lam ({config.out} keeps what was "
-                             f"saved)")
+            raise FloatingPointError(f"iteration {t}, step {step + 1}: loss {loss.item():g}, "
+                                     f"gradient norm {norm:g}; start again with a lower "
+                                     f"--{'lr' if t else 'sft-lr'}")
         optimizer.step()
         if step + 1 > steps * (1 - config.average):
             parts["averaged"].update_parameters(player)  # Polyak: the noise of y' averages out
@@ -164,6 +163,11 @@ def stream(seed, *purpose) -> int:
     return int(np.random.SeedSequence((seed, *purpose)).generate_state(1)[0])
 
 
+def prompts_a_step(config) -> int:
+    """Whole prompts, as many as give batch_size generated responses."""
+    return max(1, config.batch_size // config.negatives)
+
+
 def prompt_order(P, steps, config, t):
     """Which prompts each step takes, [steps, prompts a step]: shuffled passes over all of them.
 
@@ -171,7 +175,7 @@ def prompt_order(P, steps, config, t):
     takes a prompt twice.
     """
     rng = torch.Generator().manual_seed(stream(config.seed, t, 0))
-    size = min(P, max(1, config.batch_size // config.negatives))
+    size = min(P, prompts_a_step(config))
     passes = [torch.randperm(P, generator=rng)[:P // size * size].view(-1, size)
               for _ in range(math.ceil(steps / (P // size)))]
     return torch.cat(passes)[:steps]
@@ -238,6 +242,9 @@ def prepare(config):
                       config.block_size, device)
     except InputError as error:
         raise InputError(f"--data {error}") from None
+    if (prompts := min(prompts_a_step(config), len(world.splits["train"]))) < ranks():
+        raise InputError(f"torchrun started {ranks()} processes, and a step has {prompts} prompts "
+                         f"to share; start fewer, or raise --batch-size")
     return world, by_the_first(lambda: open_run(config, world))
 
 
@@ -267,22 +274,18 @@ def main(config: Config) -> None:
                     rescue.save(config, world, {"iteration": t, "step": step} | {
                         name: part.state_dict() for name, part in parts.items()}, began)
             player = averaged(parts)  # p_{t+1}
-            save_checkpoint(Path(config.out) / f"iteration_{t}.pt", player, world)
+            path = Path(config.out) / f"iteration_{t}.pt"
+            by_the_first(lambda: save_checkpoint(path, player, world))
             record(config, "iteration", t, step, found, time.time() - began)
+            by_the_first(lambda: draw_convergence(config.out))
             state = {"iteration": t + 1}
             rescue.save(config, world, state, began, now=True)
             show_answers(player, world, config)
-            by_the_first(lambda: draw_convergence(config.out))
     by_the_first(lambda: draw_gif(config.out))
     by_the_first(lambda: closing_table(config, time.time() - began))
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args(Config, "Fine-tune a small GPT by SFT, then by self-play (SPIN), and watch "
-                                "KL(p_data‖p_θ) fall beside what the theory predicts."))
-    except InputError as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(print("train.py: stopped and saved; go on with the same flags and --resume",
-                       file=sys.stderr) or 130)
+    command("train.py", lambda: main(parse_args(
+        Config, "Fine-tune a small GPT by SFT, then by self-play (SPIN), and watch KL(p_data‖p_θ) "
+                "fall beside what the theory predicts.")))

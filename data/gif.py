@@ -3,6 +3,7 @@ from pathlib import Path
 
 from matplotlib.animation import FuncAnimation, PillowWriter
 
+from data.checkpoint import replacing
 from data.plot import BLUE, draw_bars, plt, read
 
 
@@ -10,14 +11,15 @@ def draw_gif(out):
     """Write out/convergence.gif, a frame for each evaluation in metrics.jsonl."""
     world, pick = read(out)
     rows = pick("step", "train")
-    figure, axes = plt.subplots(1, len(world["shown"]), figsize=(15, 4.2), sharey=True)
-    for i, (ax, shown) in enumerate(zip(axes, world["shown"])):
+    figure, axes = plt.subplots(1, len(world["shown"]), figsize=(15, 4.2), sharey=True,
+                                squeeze=False)
+    for i, (ax, shown) in enumerate(zip(axes[0], world["shown"])):
         draw_bars(ax, shown, [("p_θ", BLUE, rows[0]["shown"][i])])
     figure.tight_layout(rect=(0, 0, 1, 0.93))
 
     def frame(k):
         row = rows[k]
-        for ax, p in zip(axes, row["shown"]):
+        for ax, p in zip(axes[0], row["shown"]):
             for bar, height in zip(ax.containers[1], [*p, max(0.0, 1 - sum(p))]):
                 bar.set_height(height)
         stage = f"iteration {row['iteration']}" if row["iteration"] else "SFT"
@@ -25,7 +27,6 @@ def draw_gif(out):
                         f"(black: p_data, blue: p_θ)")
 
     frames = [*range(len(rows)), *[len(rows) - 1] * 5]  # the last one stays a while
-    whole, part = Path(out) / "convergence.gif", Path(out) / "convergence.tmp.gif"
-    FuncAnimation(figure, frame, frames).save(part, PillowWriter(fps=4), dpi=60)
+    with replacing(Path(out) / "convergence.gif") as part:
+        FuncAnimation(figure, frame, frames).save(part, PillowWriter(fps=4), dpi=60)
     plt.close(figure)
-    part.replace(whole)

@@ -9,19 +9,35 @@ import sys
 import torch
 import torch.distributed as dist
 
+from data.reader import InputError
+
 
 def start(device: str) -> str:
     """Join the processes that torchrun started, if it did. Returns the device of this one."""
     if "RANK" not in os.environ:
         return device
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise InputError(f"torchrun started more processes than the {gpus} GPUs of this "
+                             f"machine; lower --nproc_per_node, or use --device cpu")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+def leave(status: int):
+    """End this process, among several without Python's cleaning up: gloo's threads may abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def rank() -> int:
@@ -35,11 +51,23 @@ def ranks() -> int:
 
 
 def by_the_first(work):
-    """Let process 0 alone do `work()`; returns its result in all of them."""
-    result = [work() if rank() == 0 else None]
-    if ranks() > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
+    """Let process 0 alone do `work()`; returns its result in all of them.
+
+    What process 0 cannot do ends them all: it raises the InputError, the others just leave.
+    """
+    if ranks() == 1:
+        return work()
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except InputError as caught:
+            error = caught
+    told = [result, error]
+    dist.broadcast_object_list(told)
+    if error or told[1]:
+        raise error or SystemExit(2)
+    return told[0]
 
 
 def gather(part: dict) -> dict:
@@ -48,6 +76,15 @@ def gather(part: dict) -> dict:
     if ranks() > 1:
         dist.all_gather_object(parts, part)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers, in all of them: how they agree on what to do."""
+    if ranks() == 1:
+        return number
+    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 def add_gradients(model):

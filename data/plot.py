@@ -92,10 +92,10 @@ def draw_bars(ax, shown, series):
         ax.bar([i + (k - len(series) / 2) * width for i in range(len(names))], heights, width,
                color=colour, label=label)
     ax.set_xticks(range(len(names)), [n if len(n) < 13 else n[:12] + "…" for n in names],
-                  rotation=25, ha="right", fontsize=12)
+                  rotation=25, ha="right", fontsize=12, parse_math=False)
     held = "\n(held out)" if shown["split"] == "heldout" else "\n(a training prompt)"
     ax.set(title=shown["prompt"] + held, ylim=(0, 1))
-    ax.title.set_fontsize(13)
+    ax.title.set(fontsize=13, parse_math=False)  # a $ in a prompt is a dollar
 
 
 def draw_convergence(out):
@@ -110,7 +110,7 @@ def draw_convergence(out):
         if len(done) > 1:
             draw_loss(axes[1], pick)
             draw_logps(axes[2], pick)
-        panels = bottom.subplots(1, len(world["shown"]), sharey=True)
+        panels = bottom.subplots(1, len(world["shown"]), sharey=True, squeeze=False)[0]
         for i, (ax, shown) in enumerate(zip(panels, world["shown"])):
             draw_bars(ax, shown, [(name(r["iteration"]), SHADES[r["iteration"] % len(SHADES)],
                                    r["shown"][i]) for r in done])

@@ -1,8 +1,9 @@
 """Reading a world: JSON lines in, validated rows out, and the finite SFT set drawn from them.
 
-Reading order: `check_row` → `parse_lines` → `read_world` → `sample_sft`.
+Reading order: `InputError` → `check_row` → `parse_lines` → `read_world` → `sample_sft`.
 Whatever is wrong with a file is an InputError that says file, line and reason.
 """
+import difflib
 import json
 import math
 from collections import Counter
@@ -15,6 +16,14 @@ WORLD = Path(__file__).parent / "world.jsonl"
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message is one line: what, where, how to mend."""
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))
+
+
+def nearest(word, known) -> str:
+    """"; did you mean …?" for a misspelt word, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(name) for name in known], 1, 0.67)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def check_row(row) -> str | None:
@@ -44,17 +53,27 @@ def check_row(row) -> str | None:
     return None
 
 
+def once(pairs) -> dict:
+    """A JSON object that gives no name twice: json would keep the last and say nothing."""
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return named
+
+
 def parse_lines(path) -> list[tuple[int, dict]]:
     """Read JSON lines as (line number, row); raise InputError with file, line, reason."""
     try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=once)
+                json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not a JSON object ({error})") from None
             if wrong := check_row(row):

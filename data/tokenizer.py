@@ -14,9 +14,9 @@ from pathlib import Path
 import tiktoken
 
 try:
-    from data.reader import InputError
+    from data.reader import InputError, nearest
 except ModuleNotFoundError:  # run as a script, from this folder
-    from reader import InputError
+    from reader import InputError, nearest
 
 RANK_FILE = Path(__file__).parent / "toy.tiktoken"
 VOCAB_SIZE = 510  # with the two special tokens: 512, a round number for the matrix of logits
@@ -88,14 +88,16 @@ def build_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.
 
 def load_encoding(source: str = str(RANK_FILE)) -> tiktoken.Encoding:
     """A rank file, or the name of a tiktoken encoding (gpt2, …), with ANSWER and END added."""
-    if Path(source).is_file():
-        try:
-            return build_encoding(parse_ranks(Path(source).read_text("utf-8"), source))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--encoding {source}: cannot be read ({error})") from None
-    if source not in tiktoken.list_encoding_names():
+    names = tiktoken.list_encoding_names()
+    try:
+        if Path(source).is_file():
+            text = Path(source).read_bytes().decode("utf-8")
+            return build_encoding(parse_ranks(text, f"--encoding {source}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--encoding {source}: cannot be read ({error})") from None
+    if source not in names:
         raise InputError(f"--encoding {source}: neither a rank file nor one of tiktoken's "
-                         f"encodings ({', '.join(tiktoken.list_encoding_names())})")
+                         f"encodings ({', '.join(names)}){nearest(source, names)}")
     try:
         base = tiktoken.get_encoding(source)
     except Exception as error:  # tiktoken raises whatever the network library does

@@ -23,9 +23,10 @@ class World:
             tokens = {y: tuple(frame(encoding, "", y)[1]) for y in row["responses"]}
             longest = len(self.prompts[-1]) + max(map(len, tokens.values()))
             if longest > block_size:
-                raise InputError(f"line {row['line']}: prompt {row['prompt']!r} and its longest "
-                                 f"response are {longest} tokens, the model's --block-size is "
-                                 f"{block_size}: raise it, or shorten the row")
+                x = row["prompt"] if len(row["prompt"]) < 60 else row["prompt"][:59] + "…"
+                raise InputError(f"line {row['line']}: prompt {x!r} and its longest response are "
+                                 f"{longest} tokens, the model's --block-size is {block_size}: "
+                                 f"raise it, or shorten the row")
             self.data.append({tokens[y]: p for y, p in row["responses"].items()})
             self.real.append({tokens[y]: c / sum(counts.values()) for y, c in counts.items()})
         is_train = np.array([row["split"] == "train" for row in rows])

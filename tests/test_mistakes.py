@@ -91,8 +91,8 @@ MISTAKES = {
         "train.py", "prompts = [x for x in", "prompts = [x[:-1] for x in",
         PLAY + "prompts_are_framed_alike_for_training_generation_and_talk", "self-play asks"),
     "the talk's prompt formatted unlike the training prompt": (
-        "sample.py", 'tokens, _ = frame(encoding, prompt, "")',
-        "tokens = encoding.encode_ordinary(prompt)",
+        "sample.py", 'tokens, limit = frame(encoding, prompt, "")[0], ',
+        "tokens, limit = encoding.encode_ordinary(prompt), ",
         PLAY + "prompts_are_framed_alike_for_training_generation_and_talk", "sample.py asks"),
     # ---- who is the opponent
     "negatives drawn from the live player": (

@@ -3,7 +3,6 @@
 The oracles are the saved weights read with `logp_by_hand`, the exact probability of every answer a
 tiny model can give, every outcome of a few draws, and sums in plain Python.
 """
-import argparse
 import itertools
 import json
 import math
@@ -149,8 +148,7 @@ def test_prompts_are_framed_alike_for_training_generation_and_talk(play, monkeyp
     learned = {tuple(x[:n].tolist()) for x, n in zip(table.prompt_PT, table.prompt_length_P)}
     assert learned == right, f"training reads {learned - right}, expected {right}"
     asked.clear()
-    sample.main(argparse.Namespace(out=config.out, samples=1, prompt=["Flip it."], seed=0, show=1,
-                                   max_new_tokens=4, temperature=1.0, top_k=None))
+    sample.main(sample.Talk(out=config.out, samples=1, prompt=["Flip it."], show=1))
     assert set(asked) == {tuple(framed("Flip it."))}, f"sample.py asks {set(asked)}"
 
 
