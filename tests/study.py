@@ -10,13 +10,15 @@ interrupted study goes on where it was. Runs of one seed and one SFT set share t
 
 Parts: grid (learning rates, chosen on the KL of held-out prompts), methods (five seeds, two sizes
 of the SFT set, each method at its best rate), switches, fidelity (mistakes of published code).
-Reading order: what is run → `FAULTS` → `work`, one run → `run_all` → `main`. Figures: study_plot.py.
+Reading order: what is run → `work`, one run → `run_all` → the parts → `main`. Beside it:
+study_faults.py, the mistakes; study_report.py, tables and figure.
 """
 import argparse
 import contextlib
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -26,19 +28,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402  (the lines above make what follows importable)
+import torch._dynamo  # noqa: E402, F401  (which AdamW loads: once here instead of in every run)
 import train  # noqa: E402
 from data.files import save_latest  # noqa: E402
 from data.reader import WORLD, InputError  # noqa: E402
-from data.responses import Responses  # noqa: E402
 import study_report  # noqa: E402
+from study_faults import FAULTS  # noqa: E402
 
 # --- what is run: settings that differ from Config's defaults ------------------------------------
 
-METHODS = {"SPIN": {}, "SPIN, no anchor": {"anchor": "none"}, "more SFT": {"method": "sft"},
-           "DPO": {"method": "dpo", "opponent": "sft"},
-           "SPACE": {"loss": "space", "anchor": "none"}}
+METHODS = {"SPIN": {}, "more SFT": {"method": "sft"}, "DPO": {"method": "dpo", "opponent": "sft"},
+           "SPACE": {"loss": "space", "anchor": "none"}, "SPIN, no anchor": {"anchor": "none"}}
 REGIMES = {"ample": {}, "scarce": {"sft_samples": 2}}  # responses a prompt in the SFT set: 128, 2
+ONCE = ("SPIN, no anchor", "SPACE")  # their rate is searched for in the ample regime alone
 RATES, GRID_SEED = (1e-3, 2e-3, 4e-3, 8e-3), 10  # a seed that no other part uses
+SEEDS = range(5)
 # DPO has more to choose; in the scarce regime it keeps what was best for it in the ample one.
 DPO_ARMS = [({}, RATES)] + [(arm, RATES[::2]) for arm in (
     {"anchor": "none"}, {"lam": 0.5}, {"lam": 8.0})]
@@ -48,79 +52,6 @@ SWITCHES = [{}, {"opponent": "sft"}, {"history": 1}, {"anchor": "none"},
             {"negatives": 8, "batch_size": 256}]  # still 32 prompts a step
 QUICK = dict(n_layer=1, n_head=2, n_embd=32, negatives=4, batch_size=24, iters=2, sft_steps=8,
              steps=4, warmup=2)
-
-# --- the mistakes: each changes functions of `train` in the worker, so the tutorial stays clean --
-
-def counts_only(config):
-    """Shares are counts of draws, as everyone else has it: no fault, but the basis of some."""
-    Responses.know_shares = lambda table: None
-
-
-def greedy(config):
-    """y' is the likeliest answer, not a sample of p_t."""
-    counts_only(config)
-    train.generate = partial(train.generate, temperature=0)
-
-
-def cut_short(config, longest=3):
-    """Answers stop after `longest` tokens and are left open: what is drawn is still a sample."""
-    counts_only(config)
-    generate = train.generate
-    train.generate = lambda *args, max_new_tokens, **kwargs: generate(
-        *args, max_new_tokens=longest, **kwargs)
-
-
-def cut_and_closed(config):
-    """… and END is put behind them, as if the model had finished there."""
-    cut_short(config)
-    generate = train.generate
-    train.generate = lambda *args, end_token, **kwargs: [
-        y if y[-1] == end_token else [*y, end_token]
-        for y in generate(*args, end_token=end_token, **kwargs)]
-
-
-def wrong_opponent(config):
-    """y' comes from p_t, its log-probs from the SFT model: a reference that is never renewed."""
-    counts_only(config)
-    logps = train.all_logps
-    train.all_logps = lambda opponent, responses, impl: logps(
-        train.load_player(config, 0, "cpu"), responses, impl)
-
-
-def rescored(play, change):
-    """`self_play`, with the log-probs under the opponent changed after the shares are known."""
-    def wrapped(world, config, t):
-        table = play(world, config, t)
-        table.opponent_N = change(table, train.frozen_opponent(config, t, world.device))
-        return table
-    return wrapped
-
-
-def mean_of_tokens(config):
-    """log p is divided by the number of tokens, in the loss; the anchor still sees sums."""
-    logps, anchor, length = train.answer_logps, train.mass_anchor, {}
-
-    def answer_logps(model, batch, impl):
-        length["N"] = batch.length_N
-        return logps(model, batch, impl) / batch.length_N
-    train.answer_logps = answer_logps
-    train.mass_anchor = lambda player_N, opponent_N, *rest: anchor(
-        player_N * length["N"], opponent_N * length["N"], *rest)
-    train.self_play = rescored(train.self_play, lambda table, _: table.opponent_N / table.length_N)
-
-
-def no_end(config):
-    """END is not scored, so nothing teaches the model when to stop."""
-    logps = train.answer_logps
-    train.answer_logps = lambda model, batch, impl: logps(
-        model, replace(batch, length_N=batch.length_N - 1), impl)
-    train.self_play = rescored(train.self_play, lambda table, opponent: train.all_logps(
-        opponent, replace(table, length_N=table.length_N - 1), "eager"))
-
-
-FAULTS = {f.__name__: f for f in (counts_only, greedy, cut_short, cut_and_closed, wrong_opponent,
-                                  mean_of_tokens, no_end)}
-
 
 # --- one run, in a process of its own ------------------------------------------------------------
 
@@ -156,9 +87,11 @@ def work(job):
     """Train one run; what it prints goes to its folder. Returns (folder, what went wrong)."""
     out, settings, fault = job
     path, start, wrong = folder(*job), folder(out, start_of(settings)), ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     train.draw_gif = train.draw_convergence = lambda out: None  # a figure a run costs seconds
-    train.sft_objective = on_its_data_alone(train.sft_objective)
+    if settings.get("method") == "sft":  # (not for SFT itself: its rounding starts every run)
+        train.sft_objective = on_its_data_alone(train.sft_objective)
     config = train.Config(**settings, out=str(path), reports=4, device="cpu", overwrite=True)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / "log.txt", "w") as log, contextlib.redirect_stdout(log):
@@ -178,13 +111,13 @@ def work(job):
     return path, wrong
 
 
-def run_all(jobs, out, what):
-    """Do the jobs that are not complete, two at a time; one line each, with the time left."""
+def run_all(jobs, out, what, workers):
+    """Do the jobs that are not complete, `workers` at a time; a line each, with the time left."""
     jobs = [job for job in {str(folder(*job)): job for job in jobs}.values()
             if not complete(folder(*job))]
     began = time.time()
     # A process a run: what a fault changed, and what torch remembers, ends with it.
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
         for i, (path, wrong) in enumerate(pool.imap_unordered(work, jobs, chunksize=1), 1):
             left = (time.time() - began) / i * (len(jobs) - i) / 60
             note = f" stopped: {wrong}" if wrong else ""
@@ -193,10 +126,11 @@ def run_all(jobs, out, what):
 
 # --- the parts -----------------------------------------------------------------------------------
 
-def with_starts(jobs, out, what):
+def with_starts(jobs, args, what):
     """The SFT models that the jobs start from, then the jobs."""
-    run_all([(out, start_of(settings), None) for _, settings, _ in jobs], out, "SFT starts")
-    run_all(jobs, out, what)
+    starts = [(args.out, start_of(settings), None) for _, settings, _ in jobs]
+    run_all(starts, args.out, "SFT starts", args.workers)
+    run_all(jobs, args.out, what, args.workers)
 
 
 def held_out(out, settings) -> float:
@@ -206,39 +140,39 @@ def held_out(out, settings) -> float:
     return next((row["kl"] for row in rows if row["iteration"] == last), float("inf"))
 
 
-def grid(out, base):
+def grid(args, base):
     """Every method at every rate; returns all tries and the best, {regime: {method: …}}.
 
-    The ample regime comes first: DPO's λ and anchor are settled there.
+    The ample regime comes first: DPO's λ and anchor are settled there, and so is the rate of the
+    variants in ONCE, for time's sake.
     """
-    tries, best, arms = {}, {}, DPO_ARMS
+    tries, best = {}, {}
+    arms = {method: DPO_ARMS if method == "DPO" else [({}, RATES)] for method in METHODS}
     for regime, change in REGIMES.items():
         tries[regime] = {method: [
             base | change | {"seed": GRID_SEED} | switch | arm | {"lr": lr}
-            for arm, rates in (arms if method == "DPO" else [({}, RATES)]) for lr in rates]
-            for method, switch in METHODS.items()}
-        with_starts([(out, s, None) for runs in tries[regime].values() for s in runs], out,
+            for arm, rates in arms[method] for lr in rates] for method, switch in METHODS.items()}
+        with_starts([(args.out, s, None) for runs in tries[regime].values() for s in runs], args,
                     f"grid, {regime}")
-        best[regime] = {method: min(runs, key=partial(held_out, out))
+        best[regime] = {method: min(runs, key=partial(held_out, args.out))
                         for method, runs in tries[regime].items()}
-        arms = [({k: best[regime]["DPO"][k] for k in ("anchor", "lam")
-                  if k in best[regime]["DPO"]}, RATES)]
+        arms = {method: [({k: s[k] for k in ("anchor", "lam") if k in s},
+                          (s["lr"],) if method in ONCE else RATES)]
+                for method, s in best[regime].items()}
     return tries, best
 
 
-def methods(out, base, best, seeds):
+def methods(args, best):
     """{regime: {method: [settings, one a seed]}}, run."""
-    runs = {regime: {method: [settings | {"seed": seed} for seed in seeds]
+    runs = {regime: {method: [settings | {"seed": seed} for seed in SEEDS]
                      for method, settings in found.items()} for regime, found in best.items()}
-    with_starts([(out, tries[i], None) for i in range(len(seeds)) for found in runs.values()
-                 for tries in found.values()], out, "methods")  # seed by seed
+    with_starts([(args.out, tries[i], None) for i in range(len(SEEDS)) for found in runs.values()
+                 for tries in found.values()], args, "methods")  # seed by seed
     return runs
 
 
 def main(args):
-    base, seeds = {}, range(5)
-    if args.quick:
-        base, seeds = QUICK | {"data": tiny_world(args.out)}, range(2)
+    base = QUICK | {"data": tiny_world(args.out)} if args.quick else {}
     if not set(args.parts.split(",")) <= set(PARTS):
         raise SystemExit(f"study.py: --parts {args.parts}: use some of {','.join(PARTS)}")
     found = {}
@@ -248,11 +182,11 @@ def main(args):
     if "fidelity" in parts:
         found["fidelity"] = [(args.out, base | {"seed": 0}, fault) for fault in (None, *FAULTS)]
     for part, jobs in found.items():
-        with_starts(jobs, args.out, part)
+        with_starts(jobs, args, part)
     if "grid" in parts or "methods" in parts:
-        found["grid"], best = grid(args.out, base)
+        found["grid"], best = grid(args, base)
     if "methods" in parts:
-        found["methods"] = methods(args.out, base, best, seeds)
+        found["methods"] = methods(args, best)
     cpu = sum(json.loads(done.read_text())["cpu"] for done in Path(args.out).glob("*/done"))
     study_report.write(args, found, time.time() - began, partial(folder, args.out), cpu)
 
@@ -268,10 +202,12 @@ def tiny_world(out) -> str:
 PARTS = ("grid", "methods", "switches", "fidelity")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pool ends its workers
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help="which ones, by commas")
     parser.add_argument("--quick", action="store_true", help="a smoke test; its figures mean "
                         "nothing")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--out", default="out/study", help="folder of the runs")
     main(parser.parse_args())
