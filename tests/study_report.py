@@ -1,6 +1,6 @@
-"""What study.py found, from the runs' metrics.jsonl alone: tests/STUDY.md and two figures.
+"""What study.py found, from the runs' metrics.jsonl alone: tests/STUDY.md and a figure.
 
-Reading order: `rows_of`, `curve` → tables, one a part → `draw_methods`, `draw_grid` → `write`.
+Reading order: `rows_of`, `curve` → tables, one a part → `draw_methods` → `write`.
 """
 import json
 import platform
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from data.plot import BLACK, BLUE, GREEN, LARGE, ORANGE, RED, plt, save
 from train import Config
@@ -167,7 +168,8 @@ def draw_methods(runs, folder, path):
                 else:
                     ax.set_yscale("log")
                     ax.yaxis.set_major_formatter("{x:g}")
-                    ax.yaxis.set_minor_formatter("")
+                    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # less than a decade
+                    ax.yaxis.set_minor_formatter("{x:g}")
                 ax.set_title(title if ax in axes[0] else "")
             few = found["SPIN"][0].get("sft_samples", Config.sft_samples)
             row[0].set_ylabel(f"{regime}: {few} responses\na prompt to learn from")
@@ -200,7 +202,9 @@ TEXTS = {
                "in nats; entropy counts all wrong answers as one more answer. Best moment: the "
                "least held-out KL along the way, for whoever stops early.\n",
     "switches": "## What each switch does to KL\n\nSeed 0, after SFT → iterations 1, 2, 3. The "
-                "commands give these runs, SFT included.\n\n",
+                "commands give these runs, SFT included. Two are not expected to "
+                "converge: the correlation loss 1 − u has no minimum, and below λ = ½ exact "
+                "self-play overshoots further at every iteration (Theorem 5.4).\n\n",
     "fidelity": "## Mistakes of published code\n\nSeed 0, the default settings with one mistake "
                 "each (the functions are in `tests/study.py`). Greedy, cut and wrong-opponent rows "
                 "are to be compared with *counts of draws*: knowing p_t(y) exactly for the SFT "
@@ -208,7 +212,7 @@ TEXTS = {
 
 
 def write(args, found, seconds, folder, cpu):
-    """tests/STUDY.md and the figures; with --quick into --out."""
+    """tests/STUDY.md and the figure; with --quick into --out."""
     page, where = Path(args.out) / "STUDY.md", Path(args.out)
     if not args.quick:
         page = Path(__file__).parent / "STUDY.md"
