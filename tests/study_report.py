@@ -69,7 +69,7 @@ def spread(numbers, form=".3f") -> str:
 # --- tables --------------------------------------------------------------------------------------
 
 def grid_table(tries, folder) -> str:
-    """KL on held-out prompts after the last iteration, for every rate; the best of a method bold."""
+    """KL on held-out and training prompts after the last iteration; each best one bold."""
     text = ""
     for regime, found in tries.items():
         rates = sorted({s["lr"] for runs in found.values() for s in runs})
@@ -221,7 +221,7 @@ def write(args, found, seconds, folder, cpu):
     text = (f"# What `python tests/study.py` found\n\nWritten by the script, from its runs' "
             f"metrics alone. {model[1] if model else platform.processor()}, 2 cores, torch "
             f"{torch.__version__}; `python tests/study.py --parts {args.parts}`"
-            f"{' --quick' if args.quick else ''}: {cpu / 60:.0f} min of processor time in all runs, "
+            f"{' --quick' if args.quick else ''}: {cpu / 60:.0f} min of processor time in all, "
             f"so about {cpu / 120:.0f} min on two idle cores.\n\n")
     if "grid" in found:
         text += TEXTS["grid"] + grid_table(found["grid"], folder) + "\n"
