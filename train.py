@@ -106,6 +106,7 @@ def spin_objective(model, batch, config):
     if config.method == "dpo":  # both are generated; the oracle prefers what p_data prefers
         real_B, generated_B, weight_B = batch.pairs(batch.negative_N, batch.negative_N)
         weight_B = weight_B * (batch.data_N[real_B] > batch.data_N[generated_B])
+        weight_B = weight_B / weight_B.sum().clamp(min=1e-9)  # a mean over the pairs that it ranks
     loss = (weight_B * spin_loss(player_N[real_B], player_N[generated_B], opponent_N[real_B],
                                  opponent_N[generated_B], config.lam, config.loss, config.mu)).sum()
     # At θ = θ_t the gradient of L is λ/2 times that of SFT; undo it, so that the learning rate

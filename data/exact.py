@@ -6,6 +6,7 @@ whatever probability the model keeps beyond them is its share of wrong answers.
 Dimensions: P prompts, N responses, K responses that p_data gives one prompt, B pairs. Nats.
 """
 import torch
+from torch.special import entr
 
 from data.responses import all_logps
 from spin_loss import loss_floor, optimal_next_policy, spin_loss
@@ -22,9 +23,12 @@ def evaluate(model, responses, world, config, t) -> dict[str, dict]:
     data_PK = responses.on_support(responses.data_N.log())
     player_PK, p_PK = responses.on_support(player_N), data_PK.exp()
     known_PK = p_PK > 0
+    off_P = 1 - player_PK.exp().sum(1)
     exact_P = {"kl": (p_PK * (data_PK - player_PK).where(known_PK, 0)).sum(1),
-               "off_support": 1 - player_PK.exp().sum(1),
-               "tv": ((p_PK - player_PK.exp()).abs().sum(1) + 1 - player_PK.exp().sum(1)) / 2}
+               "off_support": off_P,
+               "tv": ((p_PK - player_PK.exp()).abs().sum(1) + off_P) / 2,
+               # −Σ p log p, all answers off the support counted as one more answer
+               "entropy": entr(player_PK.exp()).sum(1) + entr(off_P.clamp(min=0))}
     if t == 0:
         exact_P["loss_floor"] = -(p_PK * data_PK.where(known_PK, 0)).sum(1)
     else:
@@ -42,8 +46,8 @@ def evaluate(model, responses, world, config, t) -> dict[str, dict]:
             exact_P["predicted_tv"] = (distance_PK.sum(1) + 1 - player_PK.exp().sum(1)) / 2
     found = {}
     for split, prompts in world.splits.items():
-        row = dict.fromkeys(("kl", "tv", "off_support", "predicted_kl", "predicted_tv", "loss",
-                             "loss_floor", "logp_real", "logp_generated", "margin"))
+        row = dict.fromkeys(("kl", "tv", "off_support", "entropy", "predicted_kl", "predicted_tv",
+                             "loss", "loss_floor", "logp_real", "logp_generated", "margin"))
         row |= {name: value_P[prompts].mean().item() for name, value_P in exact_P.items()}
         row["logp_real"] = responses.mean(responses.data_N, player_N, prompts)
         row["loss"] = -row["logp_real"]
