@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 WORLD = Path(__file__).parent / "world.jsonl"
-NAMES = "Ana Ben Cleo Dan Eve Finn Gus Hana Ian Joy Kim Leo Mia Nick Olga Pam Rosa Sam Tom Zoe".split()
+NAMES = ("Ana Ben Cleo Dan Eve Finn Gus Hana Ian Joy Kim Leo Mia Nick Olga Pam Rosa Sam Tom "
+         "Zoe").split()
 COLOURS = "red blue green pink black white gold".split()
 THINGS = {  # the most usual first: Zipf gives the k-th a weight of 1/k^s
     "fruit": "apple pear plum lemon melon fig", "pet": "dog cat fish hamster rat",
@@ -47,7 +48,8 @@ def categories():
     for i, (kind, things) in enumerate(THINGS.items()):
         for s, adjective in enumerate(("random ", "", "common ", "typical ")):
             yield (f"Name a {adjective}{kind}.",
-                   {thing: 1 / k**s for k, thing in enumerate(things.split(), 1)}, s in (1, 2) and i % 4 == s)
+                   {thing: 1 / k**s for k, thing in enumerate(things.split(), 1)},
+                   s in (1, 2) and i % 4 == s)
 
 
 def greetings():

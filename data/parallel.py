@@ -1,4 +1,4 @@
-"""Several processes, one run: `torchrun --nproc_per_node=2 train.py` (torch.distributed as it comes).
+"""Several processes, one run: `torchrun --nproc_per_node=2 train.py` (plain torch.distributed).
 
 Each process answers its share of the prompts and computes the gradient of its share of a batch;
 process 0 alone prints and writes. Without torchrun there is one process, and nothing here acts.

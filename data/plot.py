@@ -20,7 +20,7 @@ LARGE = {"font.size": 14, "legend.fontsize": 12, "axes.titlesize": 15, "lines.li
 
 
 def read(out):
-    """Returns what config.json says of the world, and a function that picks rows of metrics.jsonl."""
+    """What config.json says of the world, and a function that picks rows of metrics.jsonl."""
     rows = [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
     pick = lambda event, split: [r for r in rows if r["event"] == event and r["split"] == split]
     return json.loads((Path(out) / "config.json").read_text())["world"], pick

@@ -83,7 +83,7 @@ def parse_lines(path) -> list[tuple[int, dict]]:
 
 
 def read_world(path=WORLD) -> list[dict]:
-    """Read a world, or plain {"prompt", "response"} pairs, whose p_data is then their empirical one.
+    """Read a world, or plain {"prompt", "response"} pairs, whose p_data is then empirical.
 
     Returns rows as in the header, in file order; those from pairs also carry "counts".
     Raises InputError naming file, line and reason, before anything is trained.
@@ -115,7 +115,7 @@ def read_world(path=WORLD) -> list[dict]:
 def sample_sft(world: list[dict], n: int, seed: int) -> list[dict[str, int]]:
     """Draw the finite SFT set: n i.i.d. responses y ~ p_data(·|x) a training prompt.
 
-    Returns {response: count} for each row, {} for held-out ones. Plain pairs are themselves the set.
+    Returns {response: count} for each row, {} for held-out ones. Plain pairs are the set.
     """
     rng = np.random.default_rng(seed)
     drawn = []

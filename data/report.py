@@ -37,7 +37,7 @@ class Progress:
         return step * self.reports // self.steps > (step - 1) * self.reports // self.steps
 
     def show(self, step, found):
-        """Loss (the mean since the last line) beside its floor, exact KL, time left in the stage."""
+        """Loss (mean since the last line) beside its floor, exact KL, time left in the stage."""
         row, loss = found["train"], sum(self.losses) / len(self.losses)
         floor = "" if row["loss_floor"] is None else f" (floor {row['loss_floor']:.3f})"
         left = (time.time() - self.began) / (step - self.first) * (self.steps - step)
@@ -63,7 +63,8 @@ def closing_table(config, seconds):
     rows = [json.loads(line) for line in open(Path(config.out) / "metrics.jsonl")]
     rows = {(r["iteration"], r["split"]): r for r in rows if r["event"] == "iteration"}
     cell = lambda value, form: f"{'–' if value is None else format(value, form):>11}"
-    print("\niteration         KL  predicted  off-supp.         TV  held-out KL       loss      floor")
+    print("\niteration         KL  predicted  off-supp.         TV  held-out KL       loss"
+          "      floor")
     for t in range(config.iters + 1):
         row, held = rows[t, "train"], rows.get((t, "heldout"), {"kl": None})
         print(f"{t:>9}" + cell(row["kl"], ".4f") + cell(row["predicted_kl"], ".4f")

@@ -125,7 +125,7 @@ def test_loss_starts_at_log_2_and_stays_above_its_floor(run):
     for split in SPLITS:
         assert found[split]["loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert found[split]["margin"] == pytest.approx(0, abs=1e-5)
-    last = [r for r in rows if r["event"] == "iteration" and r["split"] == "train" and r["iteration"]]
+    last = [r for r in rows if (r["event"], r["split"]) == ("iteration", "train") and r["iteration"]]
     for row in last:
         assert row["loss_floor"] < row["loss"] < math.log(2), "the draws differ little from p_t"
 
