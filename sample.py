@@ -92,16 +92,15 @@ def load_checkpoint(path, device="cpu"):
     try:
         config, weights = GPTConfig(**saved["config"]), saved["model"]
         encoding = build_encoding(parse_ranks(saved["ranks"], str(path)), saved["pattern"])
-        # Before a model is built from sizes that may be forged, and fill the memory:
-        if [*weights["wte.weight"].shape, len(weights["wpe.weight"])] != [
-                encoding.n_vocab, config.n_embd, config.block_size] or config.n_layer > len(weights):
+        sizes = [encoding.n_vocab, config.n_embd, config.block_size]  # forged, they fill memory
+        if config.n_layer > len(weights) or sizes != [
+                *weights["wte.weight"].shape, len(weights["wpe.weight"])]:
             raise ValueError("its sizes and its weights disagree")
         model = GPT(config).to(device)
         model.load_state_dict(weights)
         return model, encoding, {x: dict(y) for x, y in json.loads(saved["world"]).items()}
     except Exception as error:  # a forged file can fail anywhere
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not a checkpoint that train.py wrote ({reason})") from None
+        raise InputError(f"{path}: not from train.py ({str(error)[:120]})") from None
 
 
 @dataclass
@@ -132,8 +131,7 @@ def main(args: Talk):
             rng, end = torch.Generator().manual_seed(args.seed), encoding.encode_single_token(END)
             tokens, limit = frame(encoding, prompt, "")[0], model.config.block_size
             if len(tokens) > limit:
-                raise InputError(f"--prompt {prompt[:40]!r}: {len(tokens)} tokens, the limit "
-                                 f"(block_size) is {limit}")
+                raise InputError(f"--prompt {prompt[:30]!r}: {len(tokens)} tokens, limit {limit}")
             drawn = generate(model, [tokens] * args.samples, max_new_tokens=args.max_new_tokens,
                              end_token=end, generator=rng, temperature=args.temperature,
                              top_k=args.top_k or None)
@@ -144,8 +142,7 @@ def main(args: Talk):
         print(f"\n{prompt}\n{'p_data':>10}{head}   response")
         for y in dict.fromkeys([*data, *common]):
             truth = f"{data[y]:>10.3f}" if y in data else f"{'0' if data else '?':>10}"
-            shares = "".join(f"{c[y] / args.samples:>8.3f}" for c in counts)
-            print(f"{truth}{shares}   {y!r}")
+            print(truth + "".join(f"{c[y] / args.samples:>8.3f}" for c in counts) + f"   {y!r}")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ SAMPLE = {"no samples": (["--samples", "0"], "--samples 0"),
           "top k": (["--top-k=-1"], "--top-k -1"), "show": (["--show=-1"], "--show -1"),
           "no tokens": (["--max-new-tokens", "0"], "--max-new-tokens 0"),
           "seed": (["--seed", str(2**70)], "--seed"), "flag": (["--promt", "x"], "mean --prompt?"),
-          "long prompt": (["--prompt", "x " * 50], "101 tokens", "is 32")}
+          "long prompt": (["--prompt", "x " * 50], "101 tokens", "limit 32")}
 
 
 @pytest.mark.parametrize("name", SAMPLE)
