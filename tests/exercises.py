@@ -87,7 +87,8 @@ def check(n):
     if it.now() == it.original:
         return print(f"{held} of {held} claims hold, of the original; `start {n}` empties it")
     notes(n, solved=True)
-    print(f"{held} of {held} claims hold: solved. Compare with `show {n}`; `restore {n}` keeps yours too")
+    print(f"{held} of {held} claims hold: solved. Compare with `show {n}`; `restore {n}` "
+          f"keeps yours too")
 
 
 def show(n):
