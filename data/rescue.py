@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-from data.checkpoint import replacing
 from data.files import save_latest
 from data.parallel import by_the_first, largest, rank
 from data.reader import InputError

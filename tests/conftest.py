@@ -95,3 +95,18 @@ def known_mistake(got, mistakes: dict, tolerance=1e-4) -> str:
         if wrong.shape == got.shape and torch.allclose(got, wrong, rtol=tolerance, atol=tolerance):
             return f": {words}"
     return ""
+
+
+def lbfgs(loss_of, start_K):
+    """Minimise a loss of a table's logits; returns (log-probs at the minimum, the loss there)."""
+    logits_K = start_K.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits_K], max_iter=1000, tolerance_grad=1e-13,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss_of(logits_K)
+        value.backward()
+        return value
+    optimizer.step(closure)
+    return logits_K.detach().log_softmax(0), loss_of(logits_K).item()

@@ -275,7 +275,8 @@ def test_sft_set_is_drawn_independently_from_p_data():
     n, chi2, freedom = 2000, 0.0, 0
     for r, counts in zip(ROWS, sample_sft(ROWS, n, seed=0)):
         if r["split"] == "train":
-            chi2 += sum((counts.get(y, 0) - n * p) ** 2 / (n * p) for y, p in r["responses"].items())
+            chi2 += sum((counts.get(y, 0) - n * p) ** 2 / (n * p)
+                        for y, p in r["responses"].items())
             freedom += len(r["responses"]) - 1
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), f"{chi2:.0f} on {freedom} degrees"
 
@@ -310,7 +311,8 @@ def test_world_frames_prompt_and_response_with_one_answer_and_one_end():
 
 
 def test_row_longer_than_the_block_is_refused_with_its_line():
-    rows = [{"prompt": "q " * 40, "split": "train", "line": 17, "family": "q", "responses": {"a": 1.0}}]
+    rows = [{"prompt": "q " * 40, "split": "train", "line": 17, "family": "q",
+             "responses": {"a": 1.0}}]
     with pytest.raises(InputError, match=r"line 17: .* 83 tokens.*block-size is 82"):
         World(rows, ENCODING, samples=1, seed=0, block_size=82)
     World(rows, ENCODING, samples=1, seed=0, block_size=83)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from conftest import exact_probabilities, gpt2_by_hand, known_mistake, logp_by_hand, tiny_gpt
-from model import GPT, Attention, GPTConfig, KVCache, causal_mask
+from model import GPT, GPTConfig, KVCache, causal_mask
 from sample import generate, next_tokens
 
 END = 3

@@ -6,7 +6,6 @@ tiny model can give, every outcome of a few draws, and sums in plain Python.
 import itertools
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from torch.testing import assert_close
 import sample
 import train
 from conftest import exact_probabilities, gpt2_by_hand, known_mistake, logp_by_hand, tiny_gpt
-from data.tokenizer import ANSWER, END, load_encoding
+from data.tokenizer import ANSWER, load_encoding
 from data.world import World
 from sample import load_checkpoint, save_checkpoint
 from train import Config

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from conftest import lbfgs
 from data import theory
 from data.table import (DATA, WEAK, descend, expected_loss, frequencies, kl, log_table, next_policy,
                         self_play)
@@ -40,21 +41,6 @@ def by_hand(lam, iterations):
 
 def hinge(u):
     return max(0.0, 1 - u)
-
-
-def lbfgs(loss_of, start_K):
-    """The other road to the same minimum: log-probs, and the loss there."""
-    logits_K = start_K.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits_K], max_iter=1000, tolerance_grad=1e-13,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss_of(logits_K)
-        value.backward()
-        return value
-    optimizer.step(closure)
-    return logits_K.detach().log_softmax(0), loss_of(logits_K).item()
 
 
 # ---- The table game ------------------------------------------------------------------------------

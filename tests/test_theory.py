@@ -16,7 +16,7 @@ import conftest
 import data.tokenizer
 import spin_loss as spin_module
 import model as model_module
-from conftest import all_answers, known_mistake, logp_by_hand, tiny_gpt
+from conftest import all_answers, known_mistake, lbfgs, logp_by_hand, tiny_gpt
 from data.responses import Responses, answer_logps
 from data.world import World
 from spin_loss import (LOSSES, loss_floor, mass_anchor, optimal_next_policy,
@@ -281,18 +281,7 @@ def population_loss(logp_K, data_K, opponent_K, lam=1.0, loss="logistic", mu=1.0
 
 def minimise(loss_of_logp, start_K):
     """L-BFGS over the logits of a table; returns (log-probs at the minimum, the minimum)."""
-    logits_K = start_K.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits_K], max_iter=1000, tolerance_grad=1e-12,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of_logp(logits_K.log_softmax(0))
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    logp_K = logits_K.detach().log_softmax(0)
-    return logp_K, loss_of_logp(logp_K).item()
+    return lbfgs(lambda logits_K: loss_of_logp(logits_K.log_softmax(0)), start_K)
 
 
 def kl(p_K, q_K):

@@ -18,7 +18,6 @@ from data.exact import evaluate
 from data.reader import InputError
 from data.tokenizer import frame
 from sample import load_checkpoint
-from sample import main as sample_main
 from train import Config, load_player, main, parse_args, prepare, prompt_order, self_play
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +124,8 @@ def test_loss_starts_at_log_2_and_stays_above_its_floor(run):
     for split in SPLITS:
         assert found[split]["loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert found[split]["margin"] == pytest.approx(0, abs=1e-5)
-    last = [r for r in rows if (r["event"], r["split"]) == ("iteration", "train") and r["iteration"]]
+    last = [r for r in rows
+            if (r["event"], r["split"]) == ("iteration", "train") and r["iteration"]]
     for row in last:
         assert row["loss_floor"] < row["loss"] < math.log(2), "the draws differ little from p_t"
 
