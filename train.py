@@ -131,7 +131,8 @@ def fit(player, responses, prompts, config, t, state):
     """
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
     objective = spin_objective if t and config.method != "sft" else sft_objective
-    optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=True)
     parts = {"player": player, "averaged": AveragedModel(player), "optimizer": optimizer}
     restore(parts, state, config)
     order = prompt_order(len(prompts), steps, config, t)

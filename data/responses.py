@@ -69,10 +69,11 @@ class Responses:
 
         n real and m generated draws give n·m pairs for n + m log-probs. Returns i_B, j_B, weight_B.
         """
-        same_NN = self.prompt_N[:, None] == self.prompt_N[None, :]
-        weight_NN = first_N[:, None] * second_N[None, :] * same_NN / len(self.prompt_length_P)
-        i_B, j_B = weight_NN.nonzero(as_tuple=True)
-        return i_B, j_B, weight_NN[i_B, j_B]
+        i_I, j_J = first_N.nonzero()[:, 0], second_N.nonzero()[:, 0]
+        same_IJ = self.prompt_N[i_I][:, None] == self.prompt_N[j_J]
+        at_B = same_IJ.nonzero()
+        i_B, j_B = i_I[at_B[:, 0]], j_J[at_B[:, 1]]
+        return i_B, j_B, first_N[i_B] * second_N[j_B] / len(self.prompt_length_P)
 
     def mean(self, weight_N, value_N, prompts) -> float:
         """Mean over some prompts of Σ_n weight_n value_n."""
