@@ -9,6 +9,7 @@ Dimensions: B batch, T tokens read now, C tokens in the cache after them, D widt
 K = D/H head size, V vocabulary. A suffix tells a tensor's shape: logits_BTV.
 """
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +119,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.bfloat16 = False  # True: the blocks' matrix products in bfloat16, for a GPU
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -150,8 +152,11 @@ class GPT(nn.Module):
             [cache.position_BC, position_BT], dim=1)
         visible_BTC = causal_mask(position_BT, cache.position_BC)
         x_BTD = self.wte(tokens_BT.clamp(min=0)) + self.wpe(position_BT.clamp(max=limit - 1))
-        for layer, block in enumerate(self.h):
-            x_BTD = block(x_BTD, visible_BTC, cache, layer)
+        # Weights and residual stream stay float32, and so does the head, which is not in here.
+        device = x_BTD.device.type
+        with torch.autocast(device, torch.bfloat16) if self.bfloat16 else nullcontext():
+            for layer, block in enumerate(self.h):
+                x_BTD = block(x_BTD, visible_BTC, cache, layer)
         return self.ln_f(x_BTD)
 
     def read(self, tokens_BT, length_B) -> KVCache:

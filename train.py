@@ -86,6 +86,8 @@ class Config:
     device: str = option("auto", "auto takes a GPU where there is one",
                          choices=("auto", "cpu", "cuda"))
     logprob: str = option("eager", "how log p is computed", choices=("eager", "fused"))
+    precision: str = option("float32", "of the blocks; log-probs and their sums stay float32. "
+                            "bfloat16 is for a GPU", choices=("float32", "bfloat16"))
     resume: bool = option(False, "go on with the run in --out")
     overwrite: bool = option(False, "replace the run in --out")
 
@@ -227,7 +229,9 @@ def frozen_opponent(config, t, device):
 
 def load_player(config, t, device):
     """The model as it was saved after iteration t."""
-    return load_checkpoint(Path(config.out) / f"iteration_{t}.pt", device)[0]
+    player = load_checkpoint(Path(config.out) / f"iteration_{t}.pt", device)[0]
+    player.bfloat16 = config.precision == "bfloat16"
+    return player
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -258,6 +262,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     player = GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer,
                            config.n_head, config.n_embd)).to(world.device)
+    player.bfloat16 = config.precision == "bfloat16"
     greet(player, world, config, state)
     with Rescue() as rescue:
         for t in range(state["iteration"], config.iters + 1):

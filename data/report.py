@@ -15,7 +15,8 @@ def greet(player, world, config, state):
     """Say what will run, on what, from where."""
     count = sum(p.numel() for p in player.parameters())
     splits = ", ".join(f"{len(v)} {k}" for k, v in world.splits.items())
-    print(f"{count:,} parameters in float32 on {world.device} ({torch.get_num_threads()} threads); "
+    kind = "float32" + (", products in bfloat16," if player.bfloat16 else "")
+    print(f"{count:,} parameters in {kind} on {world.device} ({torch.get_num_threads()} threads); "
           f"{splits} prompts; {config.method}, λ = {config.lam:g}, {config.loss} loss, "
           f"anchor {config.anchor}", flush=True)
     if state["iteration"] > config.iters:

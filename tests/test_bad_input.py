@@ -259,6 +259,25 @@ def test_logprobs_of_long_sequences_are_exact_under_bfloat16_autocast():
     assert got.sum().item() == pytest.approx(exact.sum().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_bfloat16_blocks_leave_weights_gradients_and_logprobs_in_float32(impl):
+    model, rng = tiny_gpt(vocab_size=50, block_size=40), torch.Generator().manual_seed(0)
+    tokens, response = torch.randint(50, (4, 40), generator=rng), torch.ones(4, 40).bool()
+    for _ in range(2):  # the second time must not meet bfloat16 copies of the first weights
+        model.bfloat16 = False
+        exact = sequence_logps(model, tokens, response)
+        model.bfloat16 = True
+        got = sequence_logps(model, tokens, response, impl)
+        got.sum().backward()
+        assert 0 < (got - exact).abs().max() < 0.02 * exact.abs().max()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.flip(0))
+    assert got.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_sequence_logprob_is_summed_in_float32_under_bfloat16_autocast():
     model, rng = tiny_gpt(vocab_size=50, block_size=600), torch.Generator().manual_seed(0)
     tokens, response = torch.randint(50, (2, 600), generator=rng), torch.ones(2, 600).bool()

@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from conftest import logp_by_hand
 from data.exact import evaluate
 from data.reader import InputError
+from data.responses import all_logps
 from data.tokenizer import frame
 from sample import load_checkpoint
 from train import Config, load_player, main, parse_args, prepare, prompt_order, self_play
@@ -132,6 +133,16 @@ def test_loss_starts_at_log_2_and_stays_above_its_floor(run):
 
 # ---- The files ----------------------------------------------------------------------------------
 
+def test_in_bfloat16_too_the_player_starts_as_its_opponent(run):
+    world, _ = prepare(replace(run[0], resume=True))
+    config = replace(run[0], precision="bfloat16")
+    table, plain = self_play(world, config, 1), self_play(world, run[0], 1)
+    player = load_player(config, 0, world.device)
+    assert torch.equal(all_logps(player, table, "eager"), table.opponent_N)
+    known = plain.data_N > 0  # both tables begin alike, with p_data's responses of each prompt
+    assert not torch.equal(table.opponent_N[table.data_N > 0], plain.opponent_N[known])
+
+
 def test_config_json_holds_the_whole_configuration_and_versions(run):
     config, _ = run
     whole = json.loads((Path(config.out) / "config.json").read_text())
@@ -176,7 +187,8 @@ QUICK = dict(SMALL, sft_steps=4, steps=3, negatives=4, reports=1, warmup=2)
 @pytest.mark.parametrize("change", [
     {"loss": "hinge"}, {"loss": "exponential"}, {"loss": "correlation"}, {"loss": "space"},
     {"anchor": "none"}, {"anchor": "sft"}, {"method": "sft"}, {"method": "dpo"},
-    {"opponent": "sft"}, {"history": 1}, {"logprob": "fused"}, {"average": 0.0}], ids=str)
+    {"opponent": "sft"}, {"history": 1}, {"logprob": "fused"}, {"average": 0.0},
+    {"precision": "bfloat16"}], ids=str)
 def test_every_switch_runs_and_changes_the_result(tmp_path, change, monkeypatch):
     monkeypatch.setattr("train.draw_gif", lambda out: None)
     monkeypatch.setattr("train.draw_convergence", lambda out: None)
