@@ -40,12 +40,10 @@ from study_faults import FAULTS  # noqa: E402
 METHODS = {"SPIN": {}, "more SFT": {"method": "sft"}, "DPO": {"method": "dpo", "opponent": "sft"},
            "SPACE": {"loss": "space", "anchor": "none"}, "SPIN, no anchor": {"anchor": "none"}}
 REGIMES = {"ample": {}, "scarce": {"sft_samples": 2}}  # responses a prompt in the SFT set: 128, 2
-ONCE = ("SPIN, no anchor", "SPACE")  # their rate is searched for in the ample regime alone
-RATES, GRID_SEED = (1e-3, 2e-3, 4e-3, 8e-3), 10  # a seed that no other part uses
+RATES, GRID_SEED = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), 10  # a seed that no other part uses
 SEEDS = range(5)
-# DPO has more to choose; in the scarce regime it keeps what was best for it in the ample one.
-DPO_ARMS = [({}, RATES)] + [(arm, RATES[::2]) for arm in (
-    {"anchor": "none"}, {"lam": 0.5}, {"lam": 8.0})]
+ARMS = {"SPIN": ({"lam": 1.0},),  # what else a method may choose, tried at two rates of the five
+        "DPO": ({"anchor": "none"}, {"lam": 0.5}, {"lam": 8.0})}
 SWITCHES = [{}, {"opponent": "sft"}, {"history": 1}, {"anchor": "none"},
             {"anchor": "sft", "anchor_weight": 0.2}, {"loss": "hinge"}, {"loss": "exponential"},
             {"loss": "correlation"}, {"loss": "space"}, {"lam": 0.4}, {"lam": 1.0}, {"lam": 5.0},
@@ -141,24 +139,15 @@ def held_out(out, settings) -> float:
 
 
 def grid(args, base):
-    """Every method at every rate; returns all tries and the best, {regime: {method: …}}.
-
-    The ample regime comes first: DPO's λ and anchor are settled there, and so is the rate of the
-    variants in ONCE, for time's sake.
-    """
-    tries, best = {}, {}
-    arms = {method: DPO_ARMS if method == "DPO" else [({}, RATES)] for method in METHODS}
-    for regime, change in REGIMES.items():
-        tries[regime] = {method: [
-            base | change | {"seed": GRID_SEED} | switch | arm | {"lr": lr}
-            for arm, rates in arms[method] for lr in rates] for method, switch in METHODS.items()}
-        with_starts([(args.out, s, None) for runs in tries[regime].values() for s in runs], args,
-                    f"grid, {regime}")
-        best[regime] = {method: min(runs, key=partial(held_out, args.out))
-                        for method, runs in tries[regime].items()}
-        arms = {method: [({k: s[k] for k in ("anchor", "lam") if k in s},
-                          (s["lr"],) if method in ONCE else RATES)]
-                for method, s in best[regime].items()}
+    """Every method at every rate; returns all tries and the best, {regime: {method: …}}."""
+    tries = {regime: {method: [
+        base | change | {"seed": GRID_SEED} | switch | arm | {"lr": lr}
+        for arm in ({}, *ARMS.get(method, ())) for lr in (RATES[1::2] if arm else RATES)]
+        for method, switch in METHODS.items()} for regime, change in REGIMES.items()}
+    with_starts([(args.out, s, None) for found in tries.values() for runs in found.values()
+                 for s in runs], args, "grid")
+    best = {regime: {method: min(runs, key=partial(held_out, args.out))
+                     for method, runs in found.items()} for regime, found in tries.items()}
     return tries, best
 
 

@@ -91,10 +91,10 @@ def grid_table(tries, folder) -> str:
 
 
 def arm_of(settings) -> str:
-    """DPO's λ and anchor, where its row needs them."""
-    if settings.get("method") != "dpo":
-        return ""
-    return f", λ = {settings.get('lam', Config.lam):g}, anchor {settings.get('anchor', 'mass')}"
+    """λ and anchor, where a method has a choice of them."""
+    if settings.get("method") == "dpo":
+        return f", λ = {settings.get('lam', Config.lam):g}, anchor {settings.get('anchor', 'mass')}"
+    return f", λ = {settings['lam']:g}" if "lam" in settings else ""
 
 
 def methods_table(runs, folder) -> str:

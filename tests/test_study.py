@@ -43,8 +43,8 @@ def run(tmp_path_factory):
 
 def test_study_runs_and_writes_its_tables_and_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "METHODS", {k: study.METHODS[k] for k in ("SPIN", "DPO")})
-    monkeypatch.setattr(study, "RATES", (4e-3,))
-    monkeypatch.setattr(study, "DPO_ARMS", [({}, (4e-3,)), ({"lam": 8.0}, (4e-3,))])
+    monkeypatch.setattr(study, "RATES", (2e-3, 4e-3))
+    monkeypatch.setattr(study, "ARMS", {"DPO": ({"lam": 8.0},)})
     monkeypatch.setattr(study, "SEEDS", range(1))
     monkeypatch.setattr(study, "SWITCHES", [{}, {"loss": "hinge"}])
     args = argparse.Namespace(parts="grid,methods,switches", quick=True, out=str(tmp_path),
