@@ -1,6 +1,14 @@
-"""README.md speaks of what exists: its commands parse, its files, flags and functions are there."""
+"""README.md speaks of what exists: its commands run, its files, flags and functions are there.
+
+Each command is run as it stands, in its order, in a copy of the repository, with flags behind it
+that make it small; `python -m pytest` and `pip install` are what .ci/run calls.
+"""
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +22,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8").replace("\\\n", " ")
 CODE = [c for block, inline in re.findall(r"```sh\n(.*?)```|`([^`\n]+)`", TEXT, re.S)
         for c in (block.split("\n") if block else [inline])]
-TRAIN = sorted({c.split("#")[0] for c in CODE if re.match(r"(python|torchrun .*?) train\.py\b", c)
-                and "SWITCH" not in c})
+COMMANDS = list(dict.fromkeys(c.split("  #")[0].strip() for c in CODE if re.match(
+    r"(python|torchrun|mkdir) ", c)))
+TRAIN = sorted(c for c in COMMANDS if re.match(r"(python|torchrun .*?) train\.py\b", c))
+SMALL = {  # what stands behind a command to make it small, by the script that it calls
+    "train.py": "--iters 1 --steps 2 --sft-steps 2 --reports 1 --n-layer 1 --n-head 2 --n-embd 16 "
+                "--negatives 2 --batch-size 8 --sft-samples 2 --overwrite",
+    "sample.py": "--samples 10", "tests/bench_logps.py": "--diagram", "tests/study.py": "--quick",
+    "tests/bench_train.py": "--quick --parts rates", "spin_loss.py": "",
+    "tests/exercises.py": "", "tests/other_worlds.py": ""}
+BY_CI = ("python -m pytest",)
 
 
 @pytest.mark.parametrize("command", TRAIN)
@@ -28,6 +44,25 @@ def test_every_training_command_is_accepted(command):
 
 def test_readme_names_training_commands_at_all():
     assert len(TRAIN) >= 5, TRAIN
+
+
+def test_every_command_runs_in_the_order_of_the_readme(tmp_path):
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(lambda name: (ROOT / name).exists(), names.stdout.splitlines()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run("git init -q && git add -A && git -c user.name=a -c user.email=a@b commit -qm a",
+                   shell=True, cwd=tmp_path, check=True)  # exercises.py asks git for the original
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command in COMMANDS:
+        script = re.search(r"[\w/]+\.py\b", command)
+        if command in BY_CI or "--help" in command:
+            continue
+        small = SMALL[script[0]] if script else ""
+        done = subprocess.run(f"{command} {small}", shell=True, cwd=tmp_path, text=True,
+                              capture_output=True,
+                              env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, f"{command} {small}\n{done.stderr}"
 
 
 def test_every_flag_exists():
