@@ -1,0 +1,80 @@
+"""Where the wall time of `python train.py --iters 3` goes; a part of tests/bench_train.py.
+
+The functions of train.py run under a clock that counts what each takes itself, without what it
+calls of the others. Start and imports come from a process of their own.
+"""
+import io
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack, redirect_stdout
+from unittest.mock import patch
+
+import torch
+
+import train
+
+
+class Clock:
+    """Wall seconds by purpose; what is called from within a purpose counts for itself alone."""
+    def __init__(self):
+        self.seconds, self.stack, self.mark = Counter(), ["the rest"], time.perf_counter()
+
+    def switch(self):
+        now = time.perf_counter()
+        self.seconds[self.stack[-1]] += now - self.mark
+        self.mark = now
+
+    def wrap(self, name, function):
+        def timed(*args, **kwargs):
+            self.switch()
+            self.stack.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.switch()
+                self.stack.pop()
+        return timed
+
+    def wrap_steps(self, name, function):
+        """The same for a generator, which works while it is asked for its next item."""
+        def timed(*args):
+            ask_next, done = self.wrap(name, next), object()
+            yield from iter(lambda steps=function(*args): ask_next(steps, done), done)
+        return timed
+
+
+PURPOSES = {
+    "fit": "training", "draw": "self-play: generation", "all_logps": "self-play: opponent's pass",
+    "self_play": "self-play: tables", "evaluate": "evaluation", "draw_convergence": "figure",
+    "draw_gif": "GIF", "save_checkpoint": "checkpoints", "show_answers": "answers shown",
+    "prepare": "reading the world"}
+
+
+def shares(sizes, threads, row):
+    """`python train.py --iters 3`, its functions under a clock, with the threads it would use."""
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import train"], cwd=train.__file__.rpartition('/')[0], check=True)
+    clock_s = {"start and imports": time.perf_counter() - start}
+    with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
+        config = train.Config(out=out, **({"iters": 3} | sizes))
+        clock = Clock()
+        for name, purpose in PURPOSES.items():
+            wrap = clock.wrap_steps if name == "fit" else clock.wrap
+            stack.enter_context(patch.object(train, name, wrap(purpose, getattr(train, name))))
+        stack.enter_context(patch.object(train.Rescue, "save", clock.wrap(
+            "checkpoints", train.Rescue.save)))
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        train.main(config)
+        clock.switch()
+    clock_s |= clock.seconds
+    total = sum(clock_s.values())
+    row(f"python train.py --iters {config.iters}, {threads} threads", "wall s", "share")
+    row("---", "---", "---")
+    for name, seconds in sorted(clock_s.items(), key=lambda item: -item[1]):
+        row(name, f"{seconds:.2f}", f"{seconds / total:.1%}")
+    row("all", f"{total:.2f}", "100%")
+    torch.set_num_threads(1)
