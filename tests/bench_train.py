@@ -37,6 +37,7 @@ growth draws cost against size, shares says where the wall time of a run goes.
 import argparse
 import copy
 import io
+import os
 import platform
 import statistics
 import sys
@@ -255,7 +256,8 @@ def peaks(folder) -> dict:
     # A fork server has imported all and computed nothing; each measurement is a fresh copy of it.
     context = get_context("forkserver")
     context.set_forkserver_preload(["bench_train"])
-    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)), ProcessPoolExecutor(
+            2, context, max_tasks_per_child=1) as pool:
         return dict(zip(names, pool.map(peak, *zip(*names), [folder] * len(names))))
 
 
@@ -308,7 +310,7 @@ def main(args) -> None:
             seconds = statistics.median(alternate({"": mm}, 9)[""])
             print(f"torch.mm reaches {size / seconds / 1e9:.0f} GFLOP/s; "
                   f"{sum(p.numel() for p in m.player.parameters()):,} parameters\n")
-            t=time.time(); memory = peaks(folder); print('PEAKS',time.time()-t)
+            memory = peaks(folder)
             step_table(m, memory, rounds)
             print()
             generation_table(m, memory, rounds)
@@ -319,6 +321,7 @@ def main(args) -> None:
             growth(m, args.quick, args.out)
     if "shares" in args.parts:
         from bench_shares import shares
+        print()
         shares(TINY | {"iters": 1} if args.quick else {}, THREADS, row)
     print(f"\n{time.time() - began:.0f} s in all")
 
