@@ -42,7 +42,8 @@ def unmerged(table, real, generated) -> Responses:
     part = {name: value[n_M] if name.endswith(("_N", "_NS")) else value
             for name, value in vars(table).items()}
     return Responses(**part | {"real_N": real_M.float(), "generated_N": generated_M.float(),
-                               "negative_N": generated_M.float()})
+                               "negative_N": generated_M.float(),
+                               "support_PK": torch.full_like(table.support_PK, -1)})
 
 
 @torch.no_grad()
