@@ -7,10 +7,8 @@ and evaluation run on the committed world, on a part of it, or on copies of it.
 Reading order: `synthetic` → `step_cost` → the sweeps → `growth` → `draw`.
 Dimensions: P prompts, N = P × EACH responses, T and S tokens of a prompt and a response.
 """
-import io
 import math
 import statistics
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

@@ -11,13 +11,11 @@ a peer's step takes 128 examples or 256 pairs, shuffled over all prompts. Ours r
   same number   the same with 1 prompt × 128 examples, or 8 prompts × 32 generated responses;
   no merging    one example, or one pair, for each of 128, or of all training prompts: no draw is
                 repeated, so neither merging nor shared prompts save anything. Rows like theirs.
-The careful loop is what a good engineer writes on the same GPT-2: rows sorted into four groups of
-like length, no mask (the padding is on the right), the head on response tokens only, the
-opponent's log-probs kept, clipping, fused AdamW. A pass of the opponent over the 32 pairs of each
-training prompt is spread over an iteration's pairs (300 × 1024), as for ours; a reference in the
-loop is paid at each step.
+The third contender is the careful loop of bench_careful.py. A pass of the opponent over the 32
+pairs of each training prompt is spread over the pairs of an iteration (300 × 1024), as for ours; a
+reference in the loop is paid at each step.
 
-Reading order: `gpt2` → `trainer_step` → `careful` → `peer_tables`.
+Reading order: `arguments` → `trainer_turn` → `sft_trainer`, `dpo_trainer` → `ours` → `peer_tables`.
 """
 import copy
 import io
@@ -36,7 +34,6 @@ CACHE = tempfile.TemporaryDirectory()  # precomputed log-probs must not come fro
 os.environ["HF_HOME"] = CACHE.name
 warnings.simplefilter("ignore", FutureWarning)
 import torch
-import torch.nn.functional as F
 try:
     import datasets
     import transformers
@@ -48,34 +45,15 @@ except ImportError as error:
 
 import train
 from bench_train import ask, ratio, requests, row, show, stepper
+from bench_careful import careful, careful_pass, draws, gpt2, pairs
 from data.responses import Responses, answer_logps
-from data.world import pad
 
 EXAMPLES, PAIRS = 128, 256  # a step
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
 
 
-# --- the same model, the same material -----------------------------------------------------------
-
-def gpt2(m):
-    """Hugging Face's GPT-2 with the weights of m.player; the same function to 1e-4, checked."""
-    ours, end = m.player.config, m.world.end_token
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=ours.vocab_size, n_positions=ours.block_size, n_embd=ours.n_embd,
-        n_layer=ours.n_layer, n_head=ours.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=end, eos_token_id=end, pad_token_id=0))
-    weights = {f"transformer.{name}": value.T if value.dim() == 2 and name.startswith("h.") else
-               value for name, value in m.player.state_dict().items()}  # its Conv1D is transposed
-    missing, unknown = theirs.load_state_dict(weights, strict=False)
-    assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
-    theirs.tie_weights()
-    tokens_BT = torch.randint(ours.vocab_size, (4, 9))
-    with torch.no_grad():
-        gap = (m.player(tokens_BT) - theirs(tokens_BT).logits).abs().max()
-    assert gap < 1e-4, gap
-    return theirs
-
+# --- TRL ------------------------------------------------------------------------------------------
 
 def tokenizer(m):
     words = Tokenizer(models.WordLevel({str(i): i for i in range(m.player.config.vocab_size)}, "0"))
@@ -83,23 +61,6 @@ def tokenizer(m):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0",
                                                 eos_token=str(m.world.end_token))
 
-
-def draws(m, table, share):
-    """[(prompt, response)]: the rows of an unmerged table with a share, training prompts only."""
-    table = table.select(m.world.splits["train"])
-    prompts = [x[:n] for x, n in zip(table.prompt_PT.tolist(), table.prompt_length_P.tolist())]
-    return [(prompts[p], y[:n]) for p, y, n, has in zip(
-        table.prompt_N.tolist(), table.tokens_NS.tolist(), table.length_N.tolist(),
-        getattr(table, share).tolist()) if has]
-
-
-def pairs(m):
-    """[(prompt, real, generated)], as many to a prompt as there are draws."""
-    return [(x, y, other) for (x, y), (_, other) in zip(draws(m, m.spin_draws, "real_N"),
-                                                        draws(m, m.spin_draws, "generated_N"))]
-
-
-# --- TRL -----------------------------------------------------------------------------------------
 
 class Watch(transformers.TrainerCallback):
     """Notes the time at the end of each step."""
@@ -161,56 +122,6 @@ def dpo_trainer(m, model, precompute):
             args=arguments(trl.DPOConfig, PAIRS, beta=m.config.lam, max_length=None,
                            precompute_ref_log_probs=precompute))
     return trainer_turn(trainer, PAIRS), seconds[0]
-
-
-# --- a careful loop ------------------------------------------------------------------------------
-
-def hf_logps(model, rows, groups=4):
-    """log p(y|x) of [(x, y)], summed over the response. [N], nats."""
-    found, order = [], sorted(range(len(rows)), key=lambda n: sum(map(len, rows[n])))
-    for part in torch.tensor(order).chunk(groups):
-        chosen = [rows[n] for n in part.tolist()]
-        tokens_BT = pad([x + y for x, y in chosen], 0)
-        label_BT = pad([[-100] * len(x) + y for x, y in chosen], -100)[:, 1:]
-        hidden_BTD = model.transformer(tokens_BT[:, :-1], use_cache=False).last_hidden_state
-        scored_BT = label_BT >= 0
-        logits_NV = hidden_BTD[scored_BT] @ model.lm_head.weight.T
-        logp_N = -F.cross_entropy(logits_NV, label_BT[scored_BT], reduction="none")
-        row_N = scored_BT.nonzero()[:, 0]
-        found.append(logp_N.new_zeros(len(chosen)).index_add(0, row_N, logp_N))
-    return torch.cat(found)[torch.tensor(order).argsort()]
-
-
-def careful(model, rows, lam, batch, opponent_N=None):
-    """A turn of the hand-written loop: SFT on [(x, y)], SPIN on [(x, y, y')] with log p_t kept."""
-    model, rng = copy.deepcopy(model).train(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-
-    def turn():
-        start = time.process_time()
-        n_B = torch.randint(len(rows), (batch,), generator=rng)
-        chosen = [rows[n] for n in n_B.tolist()]
-        if opponent_N is None:
-            loss = -hf_logps(model, chosen).mean()
-        else:
-            both = [(x, y) for x, y, _ in chosen] + [(x, other) for x, _, other in chosen]
-            ratio_N = hf_logps(model, both) - opponent_N[torch.cat([n_B, n_B + len(rows)])]
-            loss = F.softplus(lam * (ratio_N[batch:] - ratio_N[:batch])).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return (time.process_time() - start) / batch
-    return turn
-
-
-@torch.no_grad()
-def careful_pass(model, rows):
-    """(log p_t of all real, then of all generated responses, CPU seconds)."""
-    start = time.process_time()
-    both = [(x, y) for x, y, _ in rows] + [(x, other) for x, _, other in rows]
-    found = [hf_logps(model, both[n:n + 2048]) for n in range(0, len(both), 2048)]
-    return torch.cat(found), time.process_time() - start
 
 
 # --- ours ----------------------------------------------------------------------------------------

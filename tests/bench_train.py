@@ -1,6 +1,6 @@
 """How fast a run is and where its time goes: SFT, self-play, generation, on this machine.
 
-    python tests/bench_train.py                  everything, and out/bench_train.png (3 minutes)
+    python tests/bench_train.py                  everything, and out/bench_train.png (4 minutes)
     python tests/bench_train.py --parts rates    only the two tables (also: growth, shares)
     python tests/bench_train.py --parts rates --peer trl   beside TRL, if it is installed
     python tests/bench_train.py --quick          tiny sizes: does it still run?
@@ -31,8 +31,8 @@ all 128 examples a prompt, or 32 generated and 32 real ones. "uncached" generati
 sequence again for each token, and draws the same answers.
 
 Reading order: `Material` → `WAYS` → `alternate` → `step_table`, `generation_table` → `peaks` →
-`main`; then baselines.py, bench_growth.py, bench_shares.py, bench_peers.py. The sum of parts:
-growth draws cost against size, shares says where the wall time of a run goes.
+`main`; then baselines.py; bench_growth.py, cost against size; bench_shares.py, where the wall
+time of a run goes; bench_peers.py and bench_careful.py, other people's code.
 """
 import argparse
 import copy
@@ -117,15 +117,15 @@ GENERATORS = {"shipped": generate, "uncached": generate_uncached}
 
 # --- one clock for all ---------------------------------------------------------------------------
 
-def alternate(contenders, rounds) -> dict[str, list[float]]:
-    """CPU seconds of each, `rounds` times in turn, after one call that does not count."""
+def alternate(contenders, rounds, warm=1) -> dict[str, list[float]]:
+    """CPU seconds of each, `rounds` times in turn, after `warm` calls that do not count."""
     found = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm):
         for name, run in contenders.items():
             start = time.process_time()
             run()
             found[name].append(time.process_time() - start)
-    return {name: times[1:] for name, times in found.items()}
+    return {name: times[warm:] for name, times in found.items()}
 
 
 def ratio(these, those) -> float:
@@ -198,8 +198,7 @@ def step_table(m, memory, rounds):
         times = alternate({"roof": mm} | {name: step for name, (step, _) in contenders.items()},
                           rounds)
         if t:  # the opponent's pass, spread over the steps of an iteration
-            passes = alternate({name: run for name, (_, run) in contenders.items()},
-                               max(1, rounds // 3))
+            passes = alternate({name: run for name, (_, run) in contenders.items()}, 1, warm=0)
             for name, found in passes.items():
                 share = statistics.median(found) / m.config.steps
                 times[name] = [seconds + share for seconds in times[name]]
@@ -299,7 +298,7 @@ def main(args) -> None:
     torch.set_num_threads(1)
     if args.peer:  # before anything is measured, so that one need not wait for the refusal
         import bench_peers
-    began, rounds = time.time(), 1 if args.quick else 15
+    began, rounds = time.time(), 1 if args.quick else 11
     print(f"{machine()}, torch {torch.__version__}, one thread, float32", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if "rates" in args.parts or "growth" in args.parts:
