@@ -69,16 +69,15 @@ def spread(numbers, form=".3f") -> str:
 # --- tables --------------------------------------------------------------------------------------
 
 def grid_table(tries, folder) -> str:
-    """KL on held-out and training prompts after the last iteration; each best one bold."""
+    """KL on held-out prompts after the best and the last iteration; each best one bold."""
     text = ""
     for regime, found in tries.items():
         rates = sorted({s["lr"] for runs in found.values() for s in runs})
         rows = []
         for method, runs in found.items():
-            ends = {(arm_of(s), s["lr"]): (values(folder(s), "kl", "heldout"),
-                                           values(folder(s), "kl", "train")) for s in runs}
-            done = {k: (h[-1], t[-1]) for k, (h, t) in ends.items()
-                    if len(h) == runs[0].get("iters", Config.iters) + 1}
+            ends = {(arm_of(s), s["lr"]): values(folder(s), "kl", "heldout")[1:] for s in runs}
+            done = {k: (min(h), h[-1]) for k, h in ends.items()
+                    if len(h) == runs[0].get("iters", Config.iters)}
             best = min(done, key=lambda k: done[k][0])
             for arm in dict.fromkeys(arm for arm, _ in ends):
                 cells = [f"{done[arm, lr][0]:.3f} / {done[arm, lr][1]:.3f}"
@@ -194,10 +193,10 @@ def draw_line(ax, curves, method, scale):
 # --- the page ------------------------------------------------------------------------------------
 
 TEXTS = {
-    "grid": "## Learning rates\n\nKL(p_data‖p_θ) in nats after the last iteration, held-out / "
-            "training prompts, one seed that no other part uses. Chosen, for every method alike, "
-            "by the first number: bold. (Held-out prompts come from p_data too, so nobody is "
-            "favoured; and this seed decides nothing else.)\n",
+    "grid": "## Learning rates\n\nKL(p_data‖p_θ) in nats on held-out prompts, after the best / the "
+            "last iteration, one seed that no other part uses. Chosen, for every method alike, by "
+            "the first number: bold. (So whoever should stop early may. Held-out prompts come "
+            "from p_data too: nobody is favoured, and this seed decides nothing else.)\n",
     "methods": "## Methods\n\nMean and range over seeds, after the last iteration. KL and entropy "
                "in nats; entropy counts all wrong answers as one more answer. Best moment: the "
                "least held-out KL along the way, for whoever stops early.\n",
