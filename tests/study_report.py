@@ -3,6 +3,7 @@
 Reading order: `rows_of`, `curve` → tables, one a part → `draw_methods` → `write`.
 """
 import json
+import os
 import platform
 import re
 import statistics
@@ -205,7 +206,7 @@ TEXTS = {
                 "converge: the correlation loss 1 − u has no minimum, and below λ = ½ exact "
                 "self-play overshoots further at every iteration (Theorem 5.4).\n\n",
     "fidelity": "## Mistakes of published code\n\nSeed 0, the default settings with one mistake "
-                "each (the functions are in `tests/study.py`). Greedy, cut and wrong-opponent rows "
+                "each (`tests/study_faults.py`). Greedy, cut and wrong-opponent rows "
                 "are to be compared with *counts of draws*: knowing p_t(y) exactly for the SFT "
                 "set's answers, as the tutorial does, would hide the mistake.\n\n"}
 
@@ -218,10 +219,10 @@ def write(args, found, seconds, folder, cpu):
         where = page.parents[1] / ".github" / "assets"
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     text = (f"# What `python tests/study.py` found\n\nWritten by the script, from its runs' "
-            f"metrics alone. {model[1] if model else platform.processor()}, 2 cores, torch "
-            f"{torch.__version__}; `python tests/study.py --parts {args.parts}`"
+            f"metrics alone. {model[1] if model else platform.processor()}, {os.cpu_count()} cores, "
+            f"torch {torch.__version__}; `python tests/study.py --parts {args.parts}`"
             f"{' --quick' if args.quick else ''}: {cpu / 60:.0f} min of processor time in all, "
-            f"so about {cpu / 120:.0f} min on two idle cores.\n\n")
+            f"so {cpu / 120:.0f} min on two cores.\n\n")
     if "grid" in found:
         text += TEXTS["grid"] + grid_table(found["grid"], folder) + "\n"
     if "methods" in found:

@@ -88,3 +88,15 @@ def test_every_function_exists():
     assert len(names) >= 6
     for name in names:
         assert any(hasattr(module, name) for module in (model, spin_loss, train)), name
+
+
+def test_every_experiment_has_an_answer_with_its_command_and_figures():
+    section = TEXT.split("## Experiments to try")[1].split("\n## ")[0]
+    experiments = re.split(r"^(\d+)\. ", section, flags=re.M)[1:]
+    answers = re.split(r"^## (\d+)\. ", (ROOT / "tests/ANSWERS.md").read_text("utf-8"), flags=re.M)
+    answers = dict(zip(answers[1::2], answers[2::2]))
+    assert 6 <= len(experiments) // 2 == len(answers) <= 10
+    for number, text in zip(experiments[::2], experiments[1::2]):
+        for command in re.findall(r"`(python [^`]+)`", text):
+            assert command in answers[number], f"{number}: {command}"
+        assert len(re.findall(r"\d\.\d\d", answers[number])) >= 3, f"{number}: figures"
