@@ -74,7 +74,7 @@ class Config:
     sft_steps: int = option(240, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(128, "responses a training prompt in the SFT set", 1, 10**6)
-    n_layer: int = option(2, "the fewest that can copy a word", 1, 1000)
+    n_layer: int = option(2, "one learns this world too, only later", 1, 1000)
     n_head: int = option(4, "heads; 4 generalise a little better than 2", 1, 1000)
     n_embd: int = option(64, "width", 1, 10**5)
     block_size: int = option(128, "longest prompt and response together, tokens", 2, 10**6)
