@@ -141,6 +141,7 @@ def draw(panels, widths, mfus, out):
             ax.set(xscale="log", yscale="log", xlabel=against, ylabel="CPU ms, one thread")
             ticks = sorted({*sizes, *(s[-1] for s, _ in curves.values())})
             ax.set_xticks(ticks, [str(x) for x in ticks])
+            ax.set_ylim(top=8 * ax.get_ylim()[1])  # room for the legend
         ax = axes.flat[-1]
         ax.plot(widths, [100 * mfu for mfu in mfus], "D-", color=PURPLE, ms=8)
         ax.axhline(50, color=BLACK, ls=":", lw=1.5, label="half of what torch.mm reaches")
@@ -149,7 +150,7 @@ def draw(panels, widths, mfus, out):
         for ax in axes.flat:
             ax.minorticks_off()
             ax.grid(alpha=0.3)
-            ax.legend()
+            ax.legend(loc="upper left")
         out.mkdir(parents=True, exist_ok=True)
         figure.savefig(out / "bench_train.png", dpi=80)
         plt.close(figure)

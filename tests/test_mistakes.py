@@ -130,7 +130,8 @@ MISTAKES = {
         PLAY + "spin_objective_compares_every_real_with_every_generated_response",
         "the same labels for both?"),
     "responses of different prompts compared": (
-        "data/responses.py", " * same_NN / len", " / len",
+        "data/responses.py", "at_B = same_IJ.nonzero()",
+        "at_B = torch.ones_like(same_IJ).nonzero()",
         DATA + "pairs_are_all_pairs_of_one_prompt_with_product_weights", "assert"),
     "sign of the margin flipped": (
         "spin_loss.py", "lam * (real_B - generated_B)", "lam * (generated_B - real_B)",
