@@ -219,8 +219,8 @@ def write(args, found, seconds, folder, cpu):
         where = page.parents[1] / ".github" / "assets"
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     text = (f"# What `python tests/study.py` found\n\nWritten by the script, from its runs' "
-            f"metrics alone. {model[1] if model else platform.processor()}, {os.cpu_count()} cores, "
-            f"torch {torch.__version__}; `python tests/study.py --parts {args.parts}`"
+            f"metrics alone. {model[1] if model else platform.processor()}, {os.cpu_count()} "
+            f"cores, torch {torch.__version__}; `python tests/study.py --parts {args.parts}`"
             f"{' --quick' if args.quick else ''}: {cpu / 60:.0f} min of processor time in all, "
             f"so {cpu / 120:.0f} min on two cores.\n\n")
     if "grid" in found:
