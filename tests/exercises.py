@@ -59,7 +59,8 @@ def start(n):
     if it.now() == it.stub:
         refuse(f"exercise {n} is started already; `list {n}` is its task, `restore {n}` ends it")
     if it.now() != it.original:
-        refuse(f"{it.name} differs from git's HEAD; commit that or undo it first")
+        refuse(f"{it.name} differs from git's HEAD; `restore {n}` keeps it aside and puts the "
+               f"original back")
     it.put(it.stub)
     list_(n)
 

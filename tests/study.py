@@ -9,7 +9,8 @@ and drawn comes from the runs' metrics.jsonl. A run that is complete is not repe
 interrupted study goes on where it was. Runs of one seed and one SFT set share their SFT model.
 
 Parts: grid (learning rates, chosen on the KL of held-out prompts), methods (five seeds, two sizes
-of the SFT set, each method at its best rate), switches, fidelity (mistakes of published code).
+of the SFT set, each method at its best rate), scarce (SPIN and more SFT on the small set, rates side
+by side), switches, fidelity (mistakes of published code).
 Reading order: what is run → `work`, one run → `run_all` → the parts → `main`. Beside it:
 study_faults.py, the mistakes; study_report.py, tables and figure.
 """
@@ -41,6 +42,7 @@ METHODS = {"SPIN": {}, "more SFT": {"method": "sft"}, "DPO": {"method": "dpo", "
            "SPACE": {"loss": "space", "anchor": "none"}, "SPIN, no anchor": {"anchor": "none"}}
 REGIMES = {"ample": {}, "scarce": {"sft_samples": 2}}  # responses a prompt in the SFT set: 128, 2
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+SCARCE_RATES = RATES[3:6]
 GRID_SEED = 10  # which no other part uses
 SEEDS = range(5)
 ARMS = {"SPIN": ({"lam": 1.0},),  # what else a method may choose, at every other rate
@@ -165,6 +167,16 @@ def methods(args, best):
     return runs
 
 
+def scarce(args, base):
+    """SPIN and more SFT with little data, each at several rates on all seeds: nothing chosen."""
+    runs = {method: {lr: [base | REGIMES["scarce"] | {"seed": seed} | METHODS[method] | {"lr": lr}
+                          for seed in SEEDS] for lr in SCARCE_RATES}
+            for method in ("SPIN", "more SFT")}
+    with_starts([(args.out, tries[i], None) for i in range(len(SEEDS))
+                 for by_rate in runs.values() for tries in by_rate.values()], args, "scarce")
+    return runs
+
+
 def main(args):
     base = QUICK | {"data": tiny_world(args.out)} if args.quick else {}
     if not set(args.parts.split(",")) <= set(PARTS):
@@ -181,6 +193,8 @@ def main(args):
         found["grid"], best = grid(args, base)
     if "methods" in parts:
         found["methods"] = methods(args, best)
+    if "scarce" in parts:
+        found["scarce"] = scarce(args, base)
     cpu = sum(json.loads(done.read_text())["cpu"] for done in Path(args.out).glob("*/done"))
     study_report.write(args, found, time.time() - began, partial(folder, args.out), cpu)
 
@@ -193,7 +207,7 @@ def tiny_world(out) -> str:
     return str(path)
 
 
-PARTS = ("grid", "methods", "switches", "fidelity")
+PARTS = ("grid", "methods", "scarce", "switches", "fidelity")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pool ends its workers

@@ -42,16 +42,18 @@ def run(tmp_path_factory):
 
 
 def test_study_runs_and_writes_its_tables_and_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "METHODS", {k: study.METHODS[k] for k in ("SPIN", "DPO")})
+    monkeypatch.setattr(study, "METHODS", {k: study.METHODS[k] for k in ("SPIN", "more SFT", "DPO")})
     monkeypatch.setattr(study, "RATES", (2e-3, 4e-3))
+    monkeypatch.setattr(study, "SCARCE_RATES", (4e-3,))
     monkeypatch.setattr(study, "ARMS", {"DPO": ({"lam": 8.0},)})
     monkeypatch.setattr(study, "SEEDS", range(1))
     monkeypatch.setattr(study, "SWITCHES", [{}, {"loss": "hinge"}])
-    args = argparse.Namespace(parts="grid,methods,switches", quick=True, out=str(tmp_path),
+    args = argparse.Namespace(parts="grid,methods,scarce,switches", quick=True, out=str(tmp_path),
                               workers=2)
     study.main(args)
     page = (tmp_path / "STUDY.md").read_text()
     assert page.count("**") >= 2 * 2 * 2, "a best rate for each method in each regime"
+    assert page.split("rates side by side")[1].count("| more SFT | 0.004 |") == 1
     assert "--loss hinge" in page and "DPO, λ = 8" in page and "nan" not in page
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/metrics.jsonl")}
