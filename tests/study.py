@@ -9,8 +9,8 @@ and drawn comes from the runs' metrics.jsonl. A run that is complete is not repe
 interrupted study goes on where it was. Runs of one seed and one SFT set share their SFT model.
 
 Parts: grid (learning rates, chosen on the KL of held-out prompts), methods (five seeds, two sizes
-of the SFT set, each method at its best rate), scarce (SPIN and more SFT on the small set, rates side
-by side), switches, fidelity (mistakes of published code).
+of the SFT set, each method at its best rate), scarce (SPIN and more SFT on the small set, rates
+side by side), switches, fidelity (mistakes of published code).
 Reading order: what is run → `work`, one run → `run_all` → the parts → `main`. Beside it:
 study_faults.py, the mistakes; study_report.py, tables and figure.
 """
@@ -116,6 +116,8 @@ def run_all(jobs, out, what, workers):
     """Do the jobs that are not complete, `workers` at a time; a line each, with the time left."""
     jobs = [job for job in {str(folder(*job)): job for job in jobs}.values()
             if not complete(folder(*job))]
+    if not jobs:
+        return
     began = time.time()
     # A process a run: what a fault changed, and what torch remembers, ends with it.
     with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:

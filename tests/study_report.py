@@ -226,8 +226,8 @@ TEXTS = {
                "least held-out KL along the way, for whoever stops early.\n",
     "scarce": "## Little data, rates side by side\n\nTwo responses a training prompt, mean and "
               "range over seeds 0 to 4, at the moment of the least held-out KL (for whoever stops "
-              "there) and at the end. Nothing is chosen here: the grid's one seed turned out unlike "
-              "these, and its rate for SFT too low for them. The figure shows SPIN and SFT at the "
+              "there) and at the end. Nothing is chosen here: the grid's one seed turned out "
+              "unlike these, and its rate for SFT too low for them. The figure shows SPIN and SFT at the "
               "best of these rates.\n\n",
     "switches": "## What each switch does to KL\n\nSeed 0, after SFT → iterations 1, 2, 3. The "
                 "commands give these runs, SFT included. Two are not expected to "

@@ -42,7 +42,8 @@ def run(tmp_path_factory):
 
 
 def test_study_runs_and_writes_its_tables_and_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "METHODS", {k: study.METHODS[k] for k in ("SPIN", "more SFT", "DPO")})
+    kept = ("SPIN", "more SFT", "DPO")
+    monkeypatch.setattr(study, "METHODS", {k: study.METHODS[k] for k in kept})
     monkeypatch.setattr(study, "RATES", (2e-3, 4e-3))
     monkeypatch.setattr(study, "SCARCE_RATES", (4e-3,))
     monkeypatch.setattr(study, "ARMS", {"DPO": ({"lam": 8.0},)})
