@@ -20,7 +20,7 @@ def draw_gif(out):
     figure.tight_layout(rect=(0, 0, 1, 0.93))
     keep_as_background(figure)
     writer = PillowWriter(fps=4)
-    with replacing(Path(out) / "convergence.gif") as part, writer.saving(figure, part, dpi=60):
+    with replacing(Path(out) / "convergence.gif") as part, writer.saving(figure, part, figure.dpi):
         for row in [*rows, *[rows[-1]] * 5]:  # the last one stays a while
             for ax, p in zip(axes[0], row["shown"]):
                 for bar, height in zip(ax.containers[1], [*p, max(0.0, 1 - sum(p))]):

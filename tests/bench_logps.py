@@ -264,6 +264,15 @@ def draw_diagram(where) -> None:
 
 # --- the run -------------------------------------------------------------------------------------
 
+def machine() -> str:
+    """The name of the processor."""
+    if Path("/proc/cpuinfo").exists():
+        for line in open("/proc/cpuinfo"):
+            if "model name" in line:
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -286,12 +295,9 @@ def main(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.diagram:
         return draw_diagram(args.out / "fused_memory.png")
-    began, name = time.time(), platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if "model name" in l),
-                    name)
+    began = time.time()
     print(f"torch {torch.__version__}, "
-          + (torch.cuda.get_device_name() if args.device == "cuda" else f"{name}, one thread")
+          + (torch.cuda.get_device_name() if args.device == "cuda" else f"{machine()}, one thread")
           + ", float32, forward + backward")
     if args.quick:
         table(WAYS, 512, 128, 8192, 3, args.device)

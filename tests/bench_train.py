@@ -38,7 +38,6 @@ import argparse
 import copy
 import io
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -52,7 +51,7 @@ from unittest.mock import patch
 
 import torch
 
-from bench_logps import MB, ROOT, peak_above_start  # (it puts the root on sys.path)
+from bench_logps import MB, ROOT, machine, peak_above_start  # (it puts the root on sys.path)
 
 import data.responses as tables
 import train
@@ -275,14 +274,6 @@ def peak(work, name, folder):
 
 
 # --- the run -------------------------------------------------------------------------------------
-
-def machine() -> str:
-    if Path("/proc/cpuinfo").exists():
-        for line in open("/proc/cpuinfo"):
-            if "model name" in line:
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__,

@@ -42,6 +42,21 @@ def copy_of_the_repository(folder) -> Path:
     return folder
 
 
+def git(folder, *args) -> str:
+    settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=false"]
+    return subprocess.run(["git", "-C", folder, *settings, *args], capture_output=True, text=True,
+                          check=True).stdout
+
+
+def copy_with_a_history(folder) -> Path:
+    """`copy_of_the_repository` in a git repository of one commit: exercises.py asks for HEAD."""
+    copy_of_the_repository(folder)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "all")
+    return folder
+
+
 class Servers:
     """with Servers(2) as servers: servers.run(folder, tests), from as many threads."""
     def __init__(self, count):

@@ -1,11 +1,9 @@
 """What study.py found, from the runs' metrics.jsonl alone: tests/STUDY.md and a figure.
 
-Reading order: `rows_of`, `curve` → tables, one a part → `draw_methods` → `write`.
+Reading order: `rows_of`, `curve`, `best_moment` → tables, one a part → `draw_methods` → `write`.
 """
 import json
 import os
-import platform
-import re
 import statistics
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
+from bench_logps import machine
 from data.plot import BLACK, BLUE, GREEN, LARGE, ORANGE, RED, plt, save
 from train import Config
 
@@ -45,6 +44,12 @@ def curve(path, key, split):
         if row["iteration"] and row["step"] > config["steps"] * (1 - config["average"]):
             kept.append(((row["iteration"] - 1) * config["steps"] + row["step"], row[key]))
     return kept
+
+
+def best_moment(path) -> int:
+    """Which point of a run's curves has the least held-out KL: where one who may would stop."""
+    kls = [kl for _, kl in curve(path, "kl", "heldout")]
+    return kls.index(min(kls))
 
 
 def command(settings) -> str:
@@ -109,7 +114,7 @@ def methods_table(runs, folder) -> str:
             spread([values(p, "entropy", "heldout")[0] for p in start], ".2f")]]
         for method, tries in found.items():
             paths = [folder(s) for s in tries]
-            best = [min(curve(p, "kl", "heldout"), key=lambda point: point[1]) for p in paths]
+            best = [curve(p, "kl", "heldout")[best_moment(p)] for p in paths]
             rows.append([
                 method + arm_of(tries[0]), f"{tries[0]['lr']:g}",
                 *(spread([values(p, "kl", split)[-1] for p in paths]) for split in SPLITS),
@@ -137,8 +142,7 @@ def scarce_table(runs, folder) -> str:
             for path in map(folder, tries):
                 curves = [curve(path, *what) for what in (
                     ("kl", "heldout"), ("kl", "train"), ("off_support", "heldout"))]
-                best = min(range(len(curves[0])), key=lambda i: curves[0][i][1])
-                cells.append([points[i][1] for i in (best, -1) for points in curves])
+                cells.append([points[i][1] for i in (best_moment(path), -1) for points in curves])
             forms = (".3f", ".3f", ".1%") * 2
             rows.append([method, f"{lr:g}", *(spread(numbers, form) for numbers, form in
                                               zip(zip(*cells), forms))])
@@ -149,7 +153,7 @@ def scarce_table(runs, folder) -> str:
 def best_rate(by_rate, folder):
     """The runs of the rate with the least held-out KL along the way, in the mean over seeds."""
     return min(by_rate.values(), key=lambda tries: statistics.mean(
-        min(v for _, v in curve(folder(s), "kl", "heldout")) for s in tries))
+        curve(p, "kl", "heldout")[best_moment(p)][1] for p in map(folder, tries)))
 
 
 def switches_table(jobs, folder, labels=None) -> str:
@@ -227,8 +231,8 @@ TEXTS = {
     "scarce": "## Little data, rates side by side\n\nTwo responses a training prompt, mean and "
               "range over seeds 0 to 4, at the moment of the least held-out KL (for whoever stops "
               "there) and at the end. Nothing is chosen here: the grid's one seed turned out "
-              "unlike these, and its rate for SFT too low for them. The figure shows SPIN and SFT at the "
-              "best of these rates.\n\n",
+              "unlike these, and its rate for SFT too low for them. The figure shows SPIN and "
+              "SFT at the best of these rates.\n\n",
     "switches": "## What each switch does to KL\n\nSeed 0, after SFT → iterations 1, 2, 3. The "
                 "commands give these runs, SFT included. Two are not expected to "
                 "converge: the correlation loss 1 − u has no minimum, and below λ = ½ exact "
@@ -245,10 +249,9 @@ def write(args, found, seconds, folder, cpu):
     if not args.quick:
         page = Path(__file__).parent / "STUDY.md"
         where = page.parents[1] / ".github" / "assets"
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     text = (f"# What `python tests/study.py` found\n\nWritten by the script, from its runs' "
-            f"metrics alone. {model[1] if model else platform.processor()}, {os.cpu_count()} "
-            f"cores, torch {torch.__version__}; `python tests/study.py --parts {args.parts}`"
+            f"metrics alone. {machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+            f"`python tests/study.py --parts {args.parts}`"
             f"{' --quick' if args.quick else ''}: {cpu / 60:.0f} min of processor time in all, "
             f"so {cpu / 120:.0f} min on two cores.\n\n")
     if "grid" in found:

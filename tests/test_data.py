@@ -104,7 +104,8 @@ def test_answers_of_the_other_families_are_right():
 def test_any_text_survives_the_tokenizer():
     rng = random.Random(0)
     planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
-    texts = ["", "\0\0a\0", "😀👩‍👩‍👧🏳️‍🌈", " \t\n\r\n  x", "e\u0301 ﬁ ß İ", "１２３ ٣٤", "\u2028\x85\x1c",
+    texts = ["", "\0\0a\0", "😀👩‍👩‍👧🏳️‍🌈", " \t\n\r\n  x", "e\u0301 ﬁ ß İ", "１２３ ٣٤",
+             "\u2028\x85\x1c",
              *(text for row in ROWS for text in (row["prompt"], *row["responses"]))]
     texts += ["".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(rng.randrange(60)))
               for _ in range(500)]

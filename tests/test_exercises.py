@@ -12,26 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from copies import ROOT, Servers, copy_of_the_repository
+from copies import ROOT, Servers, copy_of_the_repository, copy_with_a_history, git
 
 TEXTS = tomllib.loads((ROOT / "tests" / "exercises.toml").read_text("utf-8"))["exercise"]
 NUMBERS = range(1, len(TEXTS) + 1)
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="the originals come from git")
 
 
-def git(folder, *args) -> str:
-    settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=false"]
-    return subprocess.run(["git", "-C", folder, *settings, *args], capture_output=True, text=True,
-                          check=True).stdout
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = copy_of_the_repository(tmp_path_factory.mktemp("base") / "repository")
-    git(folder, "init", "-q")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-qm", "all")
-    return folder
+    return copy_with_a_history(tmp_path_factory.mktemp("base") / "repository")
 
 
 @pytest.fixture
