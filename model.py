@@ -28,29 +28,62 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values of tokens read already, so that each token is read once.
+    """Where each token stands, which tokens it may see, and the keys and values read so far.
 
-    Rows may be ragged. A key stands at its token's position, and padding further right than any
-    token can stand, where no token sees it.
+    A model that is given the same cache again goes on reading where it stopped, so each token is
+    read once. Rows may differ in length: token −1 is padding, which no token sees.
     """
     def __init__(self):
-        self.layers, self.position_BC, self.length_B1 = {}, None, 0
+        self.layers = {}  # layer: (k_BHCK, v_BHCK)
+        self.position_BC = None  # where each key stands
+        self.length_B1 = 0  # how many tokens each row holds, padding not counted
+        self.width = 0  # columns so far: no row is longer
+        self.visible_BTC = None  # which keys the tokens read now may see
+
+    def place(self, tokens_BT, block_size):
+        """Append new tokens; return position_BT and note which keys they may see.
+
+        Raises ValueError where a row would grow beyond block_size positions.
+        """
+        is_text_BT = tokens_BT >= 0
+        position_BT = self.length_B1 + is_text_BT.cumsum(dim=1) - 1
+        self.width += tokens_BT.shape[1]
+        # Only rows with much padding can be wider than the block and fit it: then look closely.
+        if self.width > block_size and int(position_BT.max()) >= block_size:
+            raise ValueError(f"{int(position_BT.max()) + 1} tokens do not fit the model's "
+                             f"block_size of {block_size}")
+        self.length_B1 = position_BT[:, -1:] + 1
+        # Padding as a key stands further right than any token can, where no token sees it.
+        key_BT = position_BT.masked_fill(~is_text_BT, block_size)
+        self.position_BC = key_BT if self.position_BC is None else torch.cat(
+            [self.position_BC, key_BT], dim=1)
+        self.visible_BTC = causal_mask(key_BT, self.position_BC)
+        return position_BT.clamp(min=0)
+
+    def in_rows(self, x_BTD):
+        """Arrange what attention mixes in rows: a text is one already. (See data/responses.py.)"""
+        return x_BTD
+
+    def as_given(self, y_BTD):
+        """Undo `in_rows`."""
+        return y_BTD
 
     def extend(self, layer: int, k_BHTK, v_BHTK):
         """Append one layer's new keys and values; return all of them, [B, H, C, K] each."""
         if layer in self.layers:
-            k_BHTK, v_BHTK = (torch.cat(pair, dim=2)
-                              for pair in zip(self.layers[layer], (k_BHTK, v_BHTK)))
+            old_k_BHCK, old_v_BHCK = self.layers[layer]
+            k_BHTK = torch.cat([old_k_BHCK, k_BHTK], dim=2)
+            v_BHTK = torch.cat([old_v_BHCK, v_BHTK], dim=2)
         self.layers[layer] = k_BHTK, v_BHTK
         return k_BHTK, v_BHTK
 
     def rows(self, index_N) -> "KVCache":
-        """Row n of the new cache is row index_N[n] of this one: repeat, reorder or drop rows."""
+        """A new cache whose row n is row index_N[n] of this one: repeat, reorder or drop rows."""
         new = KVCache()
-        # (not k[index_N]: on a CPU its backward pass takes three times as long)
-        new.layers = {i: (k.index_select(0, index_N), v.index_select(0, index_N))
-                      for i, (k, v) in self.layers.items()}
+        new.layers = {layer: (k_BHCK[index_N], v_BHCK[index_N])
+                      for layer, (k_BHCK, v_BHCK) in self.layers.items()}
         new.position_BC, new.length_B1 = self.position_BC[index_N], self.length_B1[index_N]
+        new.width = self.width
         return new
 
 
@@ -72,21 +105,22 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x_BTD, visible_BTC, cache: KVCache, layer: int):
-        """Returns y_BTD, a query seeing a key where visible_BTC says so; the cache grows by T."""
-        B, T, D = x_BTD.shape
-        q_BHTK, k_BHTK, v_BHTK = (
-            part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x_BTD).split(D, dim=2))
-        k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)  # [B, H, C, K] from here on
-        score_BHTC = q_BHTK @ k_BHTK.transpose(2, 3) / math.sqrt(D // self.n_head)
-        score_BHTC = score_BHTC.masked_fill(~visible_BTC[:, None], float("-inf"))
-        y_BHTK = score_BHTC.softmax(dim=3) @ v_BHTK
-        return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x_BTD, cache: KVCache, layer: int):
+        """Returns y_BTD. Each token sees what cache.visible_BTC says; the cache grows by T."""
+        qkv_BTE = cache.in_rows(self.c_attn(x_BTD))  # E = 3D
+        B, T, D = *qkv_BTE.shape[:2], x_BTD.shape[-1]
+        K = D // self.n_head
+        q_BHTK, k_BHTK, v_BHTK = (part_BTD.view(B, T, self.n_head, K).transpose(1, 2)
+                                  for part_BTD in qkv_BTE.split(D, dim=2))
+        k_BHCK, v_BHCK = cache.extend(layer, k_BHTK, v_BHTK)
+        score_BHTC = q_BHTK @ k_BHCK.transpose(2, 3) / math.sqrt(K)
+        score_BHTC = score_BHTC.masked_fill(~cache.visible_BTC[:, None], float("-inf"))
+        y_BHTK = score_BHTC.softmax(dim=3) @ v_BHCK
+        return self.c_proj(cache.as_given(y_BHTK.transpose(1, 2).reshape(B, T, D)))
 
 
 class MLP(nn.Module):
-    """Each token on its own: widen four times, bend, narrow."""
+    """Two linear layers with a GELU between them, applied to each token alone."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -97,7 +131,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communicate, then compute; LayerNorm before each ("pre-norm"), the residual stream free."""
+    """Attention, then the MLP; each reads a LayerNorm of the stream and adds to it ("pre-norm")."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -105,8 +139,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD, visible_BTC, cache, layer):
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), visible_BTC, cache, layer)
+    def forward(self, x_BTD, cache, layer):
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cache, layer)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
@@ -119,7 +153,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.bfloat16 = False  # True: the blocks' matrix products in bfloat16, for a GPU
+        self.block_dtype = torch.float32  # bfloat16: the blocks' matrix products, for a GPU
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -140,30 +174,15 @@ class GPT(nn.Module):
         sees; without a cache, padding on the right may be any token: no token before sees it.
         Raises ValueError beyond block_size positions.
         """
-        cache, limit = KVCache() if cache is None else cache, self.config.block_size
-        real_BT = tokens_BT >= 0
-        position_BT = cache.length_B1 + real_BT.cumsum(dim=1) - 1
-        if position_BT.numel() and int(position_BT.max()) >= limit:
-            raise ValueError(f"{int(position_BT.max()) + 1} tokens do not fit the model's "
-                             f"block_size of {limit}")
-        cache.length_B1 = position_BT[:, -1:] + 1
-        position_BT = position_BT.masked_fill(~real_BT, limit)
-        cache.position_BC = position_BT if cache.position_BC is None else torch.cat(
-            [cache.position_BC, position_BT], dim=1)
-        visible_BTC = causal_mask(position_BT, cache.position_BC)
-        x_BTD = self.wte(tokens_BT.clamp(min=0)) + self.wpe(position_BT.clamp(max=limit - 1))
-        # Weights and residual stream stay float32, and so does the head, which is not in here.
-        device = x_BTD.device.type
-        with torch.autocast(device, torch.bfloat16) if self.bfloat16 else nullcontext():
+        cache = KVCache() if cache is None else cache
+        position_BT = cache.place(tokens_BT, self.config.block_size)
+        x_BTD = self.wte(tokens_BT.clamp(min=0)) + self.wpe(position_BT)
+        # Weights, residual stream and head stay float32; autocast is for the blocks' products.
+        mixed = self.block_dtype != torch.float32
+        with torch.autocast(x_BTD.device.type, self.block_dtype) if mixed else nullcontext():
             for layer, block in enumerate(self.h):
-                x_BTD = block(x_BTD, visible_BTC, cache, layer)
+                x_BTD = block(x_BTD, cache, layer)
         return self.ln_f(x_BTD)
-
-    def read(self, tokens_BT, length_B) -> KVCache:
-        """Read the first length_B[b] tokens of row b into a new cache."""
-        cache, index_T = KVCache(), torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        self.hidden(tokens_BT.masked_fill(index_T >= length_B[:, None], -1), cache)
-        return cache
 
     def forward(self, tokens_BT, cache: KVCache | None = None):
         """logits_BTV, for the token after each of tokens_BT."""

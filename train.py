@@ -2,43 +2,39 @@
 
     for t = 0, 1, …:   p_t ← p_θ, frozen;   y' ~ p_t(·|x);   p_{t+1} ← argmin_θ L(θ; p_t)
 
-Reading order: `Config` → the objectives → `fit`, the training loop → `self_play` → `main`, the
-paper's Algorithm 1. Beside it, in data/: `exact.py` measures, `files.py` keeps a run from harm.
+Reading order: `Config` → the objectives → `fit`, which trains one policy → `self_play`, the
+opponent's responses → `main`, the paper's Algorithm 1.
 
 Departures from the paper (arXiv 2401.01335), each with its reason where it stands:
  1. every pair (y, y') of a prompt is compared, not one y' for each y      data/responses.py
- 2. where p_t(y') is known it is used instead of a count of draws          data/responses.py
+ 2. where p_t(y') is known it is used instead of a count of samples        data/responses.py
  3. the mass anchor; --anchor none is the paper's loss alone               spin_loss.py
  4. p_{t+1} is the average of an iteration's later weights                 `fit`
  5. λ = 2, constant through the run (theirs: 0.1, and 5 in the last iteration)
 
 Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
 """
+import copy
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from data.exact import evaluate
-from data.files import open_run
-from data.gif import draw_gif
-from data.options import TINY, check, command, option, parse_args
-from data.parallel import add_gradients, by_the_first, gather, rank, ranks, start
-from data.plot import draw_convergence
-from data.reader import WORLD, InputError, read_world
-from data.report import Progress, closing_table, greet, show_answers
-from data.rescue import Rescue, record, restore
-from data.responses import all_logps, answer_logps
+from data.errors import InputError
+from data.metrics import evaluate
+from data.responses import all_logps, response_logps, self_play_responses, sft_responses
+from data.run.checkpoint import Run
+from data.run.options import TINY, check_limits, command, option, parse_args
+from data.run.parallel import add_gradients, gather, rank, ranks, start
+from data.run.report import print_responses, print_start
 from data.tokenizer import RANK_FILE, load_encoding
-from data.world import World
+from data.world import WORLD, World, read_world
 from model import GPT, GPTConfig
-from sample import generate, load_checkpoint, save_checkpoint
-from spin_loss import LOSSES, mass_anchor, spin_loss
+from sample import generate
+from spin_loss import LOSSES, mass_anchor, sft_scale, spin_loss
 
 
 @dataclass
@@ -49,7 +45,8 @@ class Config:
                          "ranked by an oracle", choices=("spin", "sft", "dpo"))
     lam: float = option(2.0, "λ: an iteration moves log p by (1/λ) log p_data/p_t, so λ = 2 is a "
                         "careful step; exact self-play diverges below ½", TINY, 1e6)
-    loss: str = option("logistic", "ℓ; space is the NCE loss that needs no λ", choices=LOSSES)
+    loss: str = option("logistic", "ℓ; space is the NCE loss that needs no λ",
+                       choices=tuple(LOSSES))
     mu: float = option(1.0, "μ, SPACE's ratio of generated to real", TINY, 1e6)
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
                          "E[p_θ/p_t] ≥ 1, or the SFT loss", choices=("none", "mass", "sft"))
@@ -83,8 +80,10 @@ class Config:
     data: str = option(str(WORLD), "a world, or plain prompt/response pairs, as JSON lines")
     encoding: str = option(str(RANK_FILE), "a rank file, or the name of a tiktoken encoding")
     out: str = option("out", "folder for metrics, checkpoints and figures")
-    device: str = option("auto", "auto takes a GPU where there is one",
-                         choices=("auto", "cpu", "cuda"))
+    threads: int = option(1, "CPU threads: the tensors are so small that two threads mostly wait for "
+                          "each other, and on a busy machine steps take many times longer", 1, 1024)
+    device: str = option("auto", "auto takes a CUDA GPU where there is one; mps is Apple's",
+                         choices=("auto", "cpu", "cuda", "mps"))
     logprob: str = option("eager", "how log p is computed", choices=("eager", "fused"))
     precision: str = option("float32", "of the blocks; log-probs and their sums stay float32. "
                             "bfloat16 is for a GPU", choices=("float32", "bfloat16"))
@@ -92,79 +91,121 @@ class Config:
     overwrite: bool = option(False, "replace the run in --out")
 
 
-# --- the objectives: pure functions of log-probs, averaged over the prompts of a batch -----------
+# --- the objectives: what a step minimises, averaged over the prompts of a batch -----------------
 
 def sft_objective(model, batch, config):
-    """−E log p_θ(y|x), y from the SFT set. Returns (to minimise, the loss itself)."""
-    loss = -(batch.real_N * answer_logps(model, batch, config.logprob)).sum()
-    loss = loss / len(batch.prompt_length_P)
-    return loss, loss
+    """−E log p_θ(y|x), y from the SFT set: maximum likelihood."""
+    player_N = response_logps(model, batch.trees, config.logprob)
+    return -(batch.real_N * player_N).sum() / batch.P
 
 
 def spin_objective(model, batch, config):
-    """Eq. 4.7 over all pairs of the batch, and the anchor. Returns (to minimise, L)."""
-    player_N, opponent_N = answer_logps(model, batch, config.logprob), batch.opponent_N
-    real_B, generated_B, weight_B = batch.pairs(batch.real_N, batch.negative_N)
-    if config.method == "dpo":  # both are generated; the oracle prefers what p_data prefers
-        real_B, generated_B, weight_B = batch.pairs(batch.negative_N, batch.negative_N)
-        weight_B = weight_B * (batch.data_N[real_B] > batch.data_N[generated_B])
-        weight_B = weight_B / weight_B.sum().clamp(min=1e-9)  # a mean over the pairs that it ranks
-    loss = (weight_B * spin_loss(player_N[real_B], player_N[generated_B], opponent_N[real_B],
-                                 opponent_N[generated_B], config.lam, config.loss, config.mu)).sum()
-    # At θ = θ_t the gradient of L is λ/2 times that of SFT; undo it, so that the learning rate
-    # and the weight of an anchor mean the same for every λ.
-    total = loss * (2 if config.loss == "space" else 2 / config.lam)
-    if config.anchor == "mass":
-        total = total + config.anchor_weight * mass_anchor(player_N, opponent_N,
-                                                           batch.generated_N, batch.prompt_N)
-    if config.anchor == "sft":
-        sft = -(batch.real_N * player_N).sum() / len(batch.prompt_length_P)
-        total = total + config.anchor_weight * sft
-    return total, loss
+    """Eq. 4.7 over all pairs (y, y') of each prompt, y from the SFT set and y' from p_t."""
+    player_N, opponent_N = response_logps(model, batch.trees, config.logprob), batch.opponent_N
+    i_B, j_B, weight_B = batch.pairs("real", "generated")
+    loss_B = spin_loss(player_N[i_B], player_N[j_B], opponent_N[i_B], opponent_N[j_B],
+                       config.lam, config.loss, config.mu)
+    return scaled((weight_B * loss_B).sum(), config) + anchor(player_N, batch, config)
 
 
-# --- one stage of training -----------------------------------------------------------------------
+def dpo_objective(model, batch, config):
+    """DPO: y and y' are both the opponent's; an oracle prefers the one that p_data prefers."""
+    player_N, opponent_N = response_logps(model, batch.trees, config.logprob), batch.opponent_N
+    i_B, j_B, weight_B = batch.pairs("generated", "generated")
+    weight_B = weight_B * (batch.data_N[i_B] > batch.data_N[j_B])
+    weight_B = weight_B / weight_B.sum().clamp(min=1e-9)  # a mean over the pairs that it ranks
+    loss_B = spin_loss(player_N[i_B], player_N[j_B], opponent_N[i_B], opponent_N[j_B],
+                       config.lam, config.loss, config.mu)
+    return scaled((weight_B * loss_B).sum(), config) + anchor(player_N, batch, config)
 
-def fit(player, responses, prompts, config, t, state):
-    """Train `player` on some prompts: SFT for t = 0, else iteration t of self-play.
 
-    Yields (step, loss, parts) after each step. `parts` are what learns: player, averaged weights
-    and optimiser; their saved states in `state`, if any, are where training goes on, exactly.
+def scaled(loss, config):
+    """The loss with the first gradient of SFT, so that an anchor's weight means the same for all.
+
+    Adam ignores the scale of a gradient, but not its proportion to the anchor's, and clipping
+    does not ignore it either.
     """
+    return loss * sft_scale(config.loss, config.lam, config.mu)
+
+
+def anchor(player_N, batch, config):
+    """What holds the direction that the loss cannot see: see `mass_anchor`."""
+    if config.anchor == "mass":
+        return config.anchor_weight * mass_anchor(player_N, batch.opponent_N, batch.own_N,
+                                                  batch.prompt_N, batch.P)
+    if config.anchor == "sft":
+        return -config.anchor_weight * (batch.real_N * player_N).sum() / batch.P
+    return 0.0
+
+
+OBJECTIVES = {"spin": spin_objective, "sft": sft_objective, "dpo": dpo_objective}
+
+
+# --- training one policy -------------------------------------------------------------------------
+
+def fit(player, objective, responses, t, run):
+    """Train the player into p_t: SFT for t = 0, else against p_{t−1}. Returns p_t.
+
+    p_t is the average of the weights over the later steps: the noise of the sampled y' averages
+    out, the drift towards the optimum stays (Polyak). The player itself is changed.
+    """
+    config, train, device = run.config, run.world.splits["train"], player.head_weight.device
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
-    objective = spin_objective if t and config.method != "sft" else sft_objective
+    warmup = max(1, min(config.warmup, steps // 2))
     optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
-    parts = {"player": player, "averaged": AveragedModel(player), "optimizer": optimizer}
-    restore(parts, state, config)
-    order = prompt_order(len(prompts), steps, config, t)
-    for step in range(state.get("step", 0), steps):
-        mine = prompts[order[step][rank()::ranks()]]  # with one process: all of the batch
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / max(1, min(config.warmup, steps // 2)))
-        total, loss = objective(player, responses.select(mine), config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / warmup))
+    averaged = AveragedModel(player)
+    learner = {"player": player, "averaged": averaged, "optimizer": optimizer,
+               "schedule": schedule}
+    batches = prompt_batches(train, steps, config, t)
+    for step in range(run.restore(learner, steps), steps):
+        prompts = batches[step][rank()::ranks()]  # with one process: all of them
+        share = len(prompts) / len(batches[step])
+        loss = objective(player, responses.batch(prompts, device), config)
         optimizer.zero_grad()
-        (total * len(mine) / len(order[step])).backward()
+        (loss * share).backward()
         add_gradients(player)
-        norm = torch.nn.utils.clip_grad_norm_(player.parameters(), config.clip)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"iteration {t}, step {step + 1}: loss {loss.item():g}, "
-                                     f"gradient norm {norm:g}; start again with a lower "
-                                     f"--{'lr' if t else 'sft-lr'}")
+        clip_gradients(player, config.clip, t, step)
         optimizer.step()
+        schedule.step()
         if step + 1 > steps * (1 - config.average):
-            parts["averaged"].update_parameters(player)  # Polyak: the noise of y' averages out
-        yield step + 1, loss.item(), parts
+            averaged.update_parameters(player)
+        if is_due(step + 1, steps, config.reports):
+            policy = averaged.module if averaged.n_averaged else player
+            found = evaluate(policy, responses, run.world, config, t)
+            run.report(step + 1, steps, found, learner, policy)
+    return averaged.module if averaged.n_averaged else player
 
 
-def averaged(parts):
-    """The model to keep: the average of the weights, once there is one."""
-    return parts["averaged"].module if parts["averaged"].n_averaged else parts["player"]
+def clip_gradients(player, norm, t, step):
+    """Scale the gradient down to a norm; InputError if it is not finite."""
+    try:
+        torch.nn.utils.clip_grad_norm_(player.parameters(), norm, error_if_nonfinite=True)
+    except RuntimeError:
+        raise InputError(f"iteration {t}, step {step + 1}: the gradient is not finite; start again "
+                         f"with a lower --{'lr' if t else 'sft-lr'}") from None
 
 
-def stream(seed, *purpose) -> int:
-    """A seed for one purpose in one iteration, so that no draw disturbs another, nor a resume."""
-    return int(np.random.SeedSequence((seed, *purpose)).generate_state(1)[0])
+def is_due(step, steps, reports) -> bool:
+    """True at `reports` evenly spaced steps, the last step among them."""
+    return step * reports // steps > (step - 1) * reports // steps
+
+
+def prompt_batches(train, steps, config, t) -> list[list[int]]:
+    """Which prompts each step takes: shuffled passes over all of them, by whole batches.
+
+    What does not fill a whole batch at the end of a pass is left out of that pass, so that no step
+    takes a prompt twice.
+    """
+    rng = torch.Generator().manual_seed(seed_for(config.seed, t, 0))
+    size = min(len(train), prompts_a_step(config))
+    batches = []
+    while len(batches) < steps:
+        order = torch.randperm(len(train), generator=rng).tolist()
+        batches += [[train[i] for i in order[first:first + size]]
+                    for first in range(0, len(train) - size + 1, size)]
+    return batches[:steps]
 
 
 def prompts_a_step(config) -> int:
@@ -172,124 +213,89 @@ def prompts_a_step(config) -> int:
     return max(1, config.batch_size // config.negatives)
 
 
-def prompt_order(P, steps, config, t):
-    """Which prompts each step takes, [steps, prompts a step]: shuffled passes over all of them.
+def seed_for(seed, *purpose) -> int:
+    """A seed for one purpose, so that no use of random numbers disturbs another, nor a resume."""
+    return int(np.random.SeedSequence((seed, *purpose)).generate_state(1)[0])
 
-    What does not fill a whole step at the end of a pass is left out of that pass, so that no step
-    takes a prompt twice.
+
+# --- the opponent's responses --------------------------------------------------------------------
+
+def self_play(opponent, config, t, run):
+    """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once."""
+    samples, older = sample_responses(opponent, run.world, config, t), None
+    if config.history and t > 0:  # sampled again, alike; scored, like the rest, by p_t
+        older = sample_responses(run.policy(t - 1), run.world, config, t - 1)
+    return self_play_responses(run.world, samples, older,
+                               lambda trees: all_logps(opponent, trees, config.logprob))
+
+
+def sample_responses(model, world, config, t, chunk=4096) -> list[Counter]:
+    """`negatives` responses of p_t to each prompt, as {response: count}.
+
+    A chunk of them has a generator of its own: which process samples it makes no difference.
     """
-    rng = torch.Generator().manual_seed(stream(config.seed, t, 0))
-    size = min(P, prompts_a_step(config))
-    passes = [torch.randperm(P, generator=rng)[:P // size * size].view(-1, size)
-              for _ in range(math.ceil(steps / (P // size)))]
-    return torch.cat(passes)[:steps]
-
-
-# --- self-play -----------------------------------------------------------------------------------
-
-def self_play(world, config, t):
-    """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once.
-
-    Returns the table of responses that the whole iteration learns from.
-    """
-    opponent, older = frozen_opponent(config, t, world.device), None
-    if config.history and t > 1:
-        older = draw(frozen_opponent(config, t - 1, world.device), world, config, t - 1)
-    responses = world.tabulate(draw(opponent, world, config, t), older)
-    responses.opponent_N = all_logps(opponent, responses, config.logprob)
-    responses.know_shares()
-    responses.negative_N = responses.generated_N
-    if older:  # scored, like the rest, by the current opponent
-        responses.negative_N = (responses.generated_N + responses.older_N) / 2
-    return responses
-
-
-def draw(model, world, config, t, chunk=64):
-    """`negatives` responses to each prompt, as {response: count}.
-
-    A chunk of prompts has a generator of its own: who draws it makes no difference.
-    """
-    drawn = {}
-    for first in range(chunk * rank(), len(world.prompts), chunk * ranks()):
-        rng = torch.Generator(world.device).manual_seed(stream(config.seed, t, 1, first))
-        prompts = [x for x in world.prompts[first:first + chunk] for _ in range(config.negatives)]
-        answers = generate(model, prompts, max_new_tokens=world.max_new_tokens,
-                           end_token=world.end_token, generator=rng)
-        for i in range(0, len(answers), config.negatives):
-            drawn[first + i // config.negatives] = Counter(
-                map(tuple, answers[i:i + config.negatives]))
-    drawn = gather(drawn)
-    return [drawn[p] for p in range(len(world.prompts))]
-
-
-def frozen_opponent(config, t, device):
-    """The opponent of iteration t: what iteration t−1 saved, so that nothing can change it."""
-    return load_player(config, 0 if config.opponent == "sft" else t - 1, device)
-
-
-def load_player(config, t, device):
-    """The model as it was saved after iteration t."""
-    player = load_checkpoint(Path(config.out) / f"iteration_{t}.pt", device)[0]
-    player.bfloat16 = config.precision == "bfloat16"
-    return player
+    prompt_of = [p for p in range(len(world.prompts)) for _ in range(config.negatives)]
+    mine = []
+    for first in range(chunk * rank(), len(prompt_of), chunk * ranks()):
+        some = prompt_of[first:first + chunk]
+        rng = torch.Generator(model.head_weight.device)
+        rng.manual_seed(seed_for(config.seed, t + 1, 1, first))
+        drawn = generate(model, [world.prompts[p] for p in some], end_token=world.end_token,
+                         max_new_tokens=world.max_new_tokens, generator=rng)
+        mine += [(p, tuple(y)) for p, y in zip(some, drawn)]
+    counts = [Counter() for _ in world.prompts]
+    for p, y in (pair for part in gather(mine) for pair in part):
+        counts[p][y] += 1
+    return counts
 
 
 # --- the run -------------------------------------------------------------------------------------
 
+def main(config: Config) -> None:
+    """Algorithm 1 of the paper, after SFT. Raises InputError before anything is trained."""
+    world, device = prepare(config)
+    with Run(config, world) as run:
+        player = (new_player(world, config) if run.stage == 0 else run.policy(run.stage - 1))
+        player = player.to(device)
+        print_start(player, run)
+
+        if run.stage == 0:
+            player = fit(player, sft_objective, sft_responses(world), 0, run)           # p_0
+        for t in run.unfinished(range(config.iters)):
+            opponent = copy.deepcopy(player if config.opponent == "previous" else run.policy(0))
+            responses = self_play(opponent, config, t, run)                             # y' ~ p_t
+            player = fit(player, OBJECTIVES[config.method], responses, t + 1, run)      # p_{t+1}
+        run.close()
+
+
 def prepare(config):
-    """Check everything that can be wrong before anything is trained: InputError says what is."""
-    check(config)
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-    gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-    device = start("cuda" if gpu else "cpu")
+    """Check everything that can be wrong before anything is trained. Returns (World, device)."""
+    check_limits(config)
+    if config.n_embd % config.n_head:
+        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
+                         f"{config.n_head}, so that every head gets an equal share")
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
+    torch.set_num_threads(config.threads)
+    device = start(config.device)
     encoding = load_encoding(config.encoding)
     try:
         world = World(read_world(config.data), encoding, config.sft_samples, config.seed,
-                      config.block_size, device)
+                      config.block_size)
     except InputError as error:
         raise InputError(f"--data {error}") from None
-    if (prompts := min(prompts_a_step(config), len(world.splits["train"]))) < ranks():
+    prompts = min(prompts_a_step(config), len(world.splits["train"]))
+    if prompts < ranks():
         raise InputError(f"torchrun started {ranks()} processes, and a step has {prompts} prompts "
                          f"to share; start fewer, or raise --batch-size")
-    return world, by_the_first(lambda: open_run(config, world))
+    return world, device
 
 
-def main(config: Config) -> None:
-    """Algorithm 1 of the paper, after SFT (t = 0). Raises InputError before anything is trained."""
-    began = time.time()
-    world, state = prepare(config)
-    began -= state["seconds"]  # of the run that is resumed
+def new_player(world, config) -> GPT:
+    """A GPT with fresh weights."""
     torch.manual_seed(config.seed)
-    player = GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer,
-                           config.n_head, config.n_embd)).to(world.device)
-    player.bfloat16 = config.precision == "bfloat16"
-    greet(player, world, config, state)
-    with Rescue() as rescue:
-        for t in range(state["iteration"], config.iters + 1):
-            if t == 0:
-                responses = world.tabulate()
-            else:
-                responses = self_play(world, config, t)  # y' ~ p_t, frozen
-                player = load_player(config, t - 1, world.device)  # θ starts at θ_t
-            progress, train = Progress(config, t, state), world.splits["train"]
-            for step, loss, parts in fit(player, responses, train, config, t, state):
-                if progress.due(step, loss):
-                    found = evaluate(averaged(parts), responses, world, config, t)
-                    progress.show(step, found)
-                    record(config, "step", t, step, found, time.time() - began)
-                if step < progress.steps:
-                    rescue.save(config, world, {"iteration": t, "step": step} | {
-                        name: part.state_dict() for name, part in parts.items()}, began)
-            player = averaged(parts)  # p_{t+1}
-            path = Path(config.out) / f"iteration_{t}.pt"
-            by_the_first(lambda: save_checkpoint(path, player, world))
-            record(config, "iteration", t, step, found, time.time() - began)
-            by_the_first(lambda: draw_convergence(config.out))
-            state = {"iteration": t + 1}
-            rescue.save(config, world, state, began, now=True)
-            show_answers(player, world, config)
-    by_the_first(lambda: draw_gif(config.out))
-    by_the_first(lambda: closing_table(config, time.time() - began))
+    return GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer, config.n_head,
+                         config.n_embd))
 
 
 if __name__ == "__main__":

@@ -1,115 +1,334 @@
-"""A table of prompts and responses, how likely each is in data and in samples, and its log-probs.
+"""All responses to a prompt as one prefix tree: the network reads each distinct prefix once.
 
-SPIN needs log p(y|x) for real and generated responses. In a small world the same response is
-drawn again and again, so we keep each distinct one once, with its share of the draws as weight:
-an expectation over draws is a weighted sum, exactly, at a fraction of the cost.
+Self-play needs log p(y|x) of many responses to one prompt, and they begin alike. Written as a tree,
+what they share is there once. Here a number is a node, a token that the network reads, and the
+arrows are edges: each leads to a token that is scored by the node on its left.
 
-Reading order: `Responses` → `answer_logps` → `all_logps`.
-Dimensions: P prompts, T prompt tokens, N responses (of all prompts), S response tokens, B pairs,
-K responses that p_data gives to one prompt. Log-probs are in nats.
+    Greet 0 ─ Ana 1 ─ ANSWER 2 ┬→ Hello 3 ┬→ , 4 ─→ Ana 5 ─→ ! 6 ─→ END        Hello, Ana!
+                               │          └→ Ana 7 ─→ . 8 ─→ END               Hello Ana.
+                               └→ Hi 9 ─→ END                                  Hi
+
+A node sees itself and its ancestors. Numbered as above, in the order of a depth-first walk, node i
+sees node j exactly if j ≤ i < end_j, where end_j is the first node after j's subtree: end is 9 for
+node 3, and 7 for node 4. In a plain text every subtree reaches to the end of the text, and what is
+left is the causal mask, j ≤ i. A node's position is the number of its ancestors; log p(y|x) is the
+sum over the edges of y's path, END's among them.
+
+Reading order: `PrefixTrees` → `Batch` → `TreeCache` → `response_logps` → `Responses`.
+Dimensions: P prompts, M nodes, U nodes that score something, E edges, N responses (of all
+prompts), L steps of their paths, T nodes of the largest tree, B pairs, D width. Nats.
 """
+import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from model import KVCache, causal_mask
 from spin_loss import token_logps
 
 
+def grow(prompt, responses) -> dict[str, list[int]]:
+    """The tree of one prompt. `responses` are sorted, so that those which begin alike are adjacent.
+
+    >>> tree = grow([7, 8], [(1, 2, 9), (1, 9), (3,)])
+    >>> tree["token"], tree["depth"], tree["end"]  # 7 and 8, the prompt, are nodes 0 and 1
+    ([7, 8, 1, 2], [0, 1, 2, 3], [4, 4, 4, 4])
+    >>> list(zip(tree["parent"], tree["target"]))  # nothing follows 9 and 3: edges, but no nodes
+    [(1, 1), (2, 2), (3, 9), (2, 9), (1, 3)]
+    >>> list(zip(tree["row"], tree["edge"]))  # the second response shares its first edge
+    [(0, 0), (0, 1), (0, 2), (1, 0), (1, 3), (2, 4)]
+    """
+    tree = {"token": list(prompt), "depth": list(range(len(prompt))),
+            "parent": [], "target": [], "row": [], "edge": []}
+    nodes, edges = [len(prompt) - 1], []  # of the current path: nodes[k] has read k of its tokens
+    previous = ()
+    for row, response in enumerate(responses):
+        shared = len(os.path.commonprefix([previous, response]))
+        del nodes[shared + 1:], edges[shared:]
+        for k in range(shared, len(response)):
+            if k == len(nodes):  # the first response that goes on from here
+                nodes.append(len(tree["token"]))
+                tree["token"].append(response[k - 1])
+                tree["depth"].append(len(prompt) + k - 1)
+            edges.append(len(tree["parent"]))
+            tree["parent"].append(nodes[k])
+            tree["target"].append(response[k])
+        tree["row"] += [row] * len(edges)
+        tree["edge"] += edges
+        previous = response
+    tree["end"] = subtree_ends(tree["depth"])
+    return tree
+
+
+def subtree_ends(depth) -> list[int]:
+    """For each node of a depth-first walk, the first node after its subtree.
+
+    >>> subtree_ends([0, 1, 2, 2, 1])
+    [5, 4, 3, 4, 5]
+    """
+    end, path = [len(depth)] * len(depth), []
+    for node, level in enumerate(depth):
+        while path and depth[path[-1]] >= level:
+            end[path.pop()] = node
+        path.append(node)
+    return end
+
+
+class PrefixTrees:
+    """One tree for each prompt, as flat arrays on the host, prompt after prompt.
+
+    prompts[p] is a list of tokens, closed by ANSWER; responses[p] are distinct tuples of tokens,
+    closed by END unless generation was cut short. `self.responses` has them sorted: that is the
+    order of the N rows everywhere. Nodes, edges and rows are numbered from 0 in each prompt.
+    """
+    def __init__(self, prompts, responses):
+        self.responses = [sorted(some) for some in responses]
+        trees = [{name: np.array(column) for name, column in grow(prompt, some).items()}
+                 for prompt, some in zip(prompts, self.responses)]
+        self.columns = {name: np.concatenate([tree[name] for tree in trees]) for name in trees[0]}
+        self.answer_P = np.array([len(prompt) - 1 for prompt in prompts])  # the first that scores
+        first = lambda counts: np.cumsum([0, *counts])  # prompt p has first[p] … first[p + 1] − 1
+        self.first_node = first(len(tree["token"]) for tree in trees)
+        self.first_edge = first(len(tree["parent"]) for tree in trees)
+        self.first_step = first(len(tree["row"]) for tree in trees)
+        self.first_row = first(len(some) for some in self.responses)
+
+    def batch(self, prompts, device="cpu") -> "TreeBatch":
+        """The trees of some prompts side by side, as tensors; prompt prompts[i] becomes prompt i."""
+        prompts = np.asarray(prompts)
+        node_M, nodes_P = rows_of(self.first_node, prompts)
+        edge_E, edges_P = rows_of(self.first_edge, prompts)
+        step_L, steps_P = rows_of(self.first_step, prompts)
+        row_N, rows_P = rows_of(self.first_row, prompts)
+        answer_P = self.answer_P[prompts]
+
+        within_M = np.arange(len(node_M)) - np.repeat(before(nodes_P), nodes_P)
+        row_P, column_P, (R, T) = pack(nodes_P)
+        slot_M = within_M + np.repeat(row_P * T + column_P, nodes_P)
+        end_RT = np.full((R, T), T)  # an empty place sees itself: its softmax must be a number
+        end_RT.flat[slot_M] = self.columns["end"][node_M] + np.repeat(column_P, nodes_P)
+        scored_U = np.flatnonzero(within_M >= np.repeat(answer_P, nodes_P))
+        up_P = before(nodes_P - answer_P) - answer_P  # from a prompt's own nodes to the batch's U
+        columns = dict(
+            token_M=self.columns["token"][node_M], position_M=self.columns["depth"][node_M],
+            slot_M=slot_M, end_RT=end_RT, scored_U=scored_U,
+            parent_E=self.columns["parent"][edge_E] + np.repeat(up_P, edges_P),
+            target_E=self.columns["target"][edge_E],
+            edge_L=self.columns["edge"][step_L] + np.repeat(before(edges_P), steps_P),
+            row_L=self.columns["row"][step_L] + np.repeat(before(rows_P), steps_P))
+        return TreeBatch(**{name: to_device(x, device) for name, x in columns.items()}, N=len(row_N))
+
+
+def rows_of(first, prompts):
+    """Where the rows of some prompts stand in a flat array, and how many each prompt has."""
+    count_P = first[prompts + 1] - first[prompts]
+    shift_P = first[prompts] - before(count_P)
+    return np.arange(count_P.sum()) + np.repeat(shift_P, count_P), count_P
+
+
+def before(count_P):
+    """How many rows stand before each prompt's first: [3, 1, 2] -> [0, 3, 4]"""
+    return np.cumsum(count_P) - count_P
+
+
+def pack(size_P):
+    """Where each tree stands: rows are as wide as the largest tree, and small trees share one.
+
+    Returns each tree's row and first column, and the shape (rows, columns). First fit, large trees
+    first. No tree sees another in its row: j ≤ i < end_j holds only within a tree.
+
+    >>> pack(np.array([2, 5, 3]))
+    (array([1, 0, 1]), array([3, 0, 0]), (2, 5))
+    """
+    width, room = int(size_P.max()), []
+    row_P, column_P = np.zeros_like(size_P), np.zeros_like(size_P)
+    for p in np.argsort(-size_P, kind="stable"):
+        row = next((row for row, left in enumerate(room) if left >= size_P[p]), len(room))
+        if row == len(room):
+            room.append(width)
+        row_P[p], column_P[p] = row, width - room[row]
+        room[row] -= int(size_P[p])
+    return row_P, column_P, (len(room), width)
+
+
+def to_device(array, device):
+    """A host array as a tensor there. Pinned memory lets a GPU fetch it without being waited for."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass
-class Responses:
-    """N responses to P prompts; response n belongs to prompt prompt_N[n]. Shares sum to 1 a prompt.
-
-    `support_PK` lists, for each prompt, the responses that p_data can give; −1 fills the rest.
-    """
-    prompt_PT: torch.Tensor
-    prompt_length_P: torch.Tensor
-    support_PK: torch.Tensor
-    prompt_N: torch.Tensor
-    tokens_NS: torch.Tensor  # y, closed by END unless generation was cut short
-    length_N: torch.Tensor
-    data_N: torch.Tensor  # p_data(y|x), exact
-    real_N: torch.Tensor  # share of y among the prompt's responses in the SFT set
-    generated_N: torch.Tensor  # share of y among the opponent's draws
-    older_N: torch.Tensor  # share of y among the draws of the iteration before, if they are used
-    opponent_N: torch.Tensor  # log p_t(y|x), nats, computed once: the opponent is frozen
-    negative_N: torch.Tensor  # what the loss compares with: generated_N, or its mean with older_N
-
-    def select(self, prompts) -> "Responses":
-        """The part of the table that belongs to some prompts, renumbered 0, 1, …"""
-        number_P = torch.full_like(self.prompt_length_P, -1)
-        number_P[prompts] = torch.arange(len(prompts), device=number_P.device)
-        kept_N = number_P[self.prompt_N] >= 0
-        rows, number_N = kept_N.nonzero()[:, 0], kept_N.cumsum(dim=0) - 1
-        part = {name: value[prompts] if name.endswith(("_PT", "_P", "_PK")) else value[rows]
-                for name, value in vars(self).items()}
-        support_PK = number_N[part["support_PK"]].where(part["support_PK"] >= 0, -1)
-        return Responses(**part | {"prompt_N": number_P[self.prompt_N[rows]],
-                                   "support_PK": support_PK})
-
-    def know_shares(self):
-        """Let p_t itself, not a count of draws, be the share of each response of the SFT set.
-
-        opponent_N holds log p_t(y) of those anyway. The other responses of a prompt share what is
-        left, in proportion to their counts: E over y' ~ p_t keeps its value and loses noise.
-        """
-        known_N = self.real_N > 0
-        known_share_N = self.opponent_N.exp().where(known_N, 0)
-        drawn_N = self.generated_N.where(~known_N, 0)
-        left_N = (1 - self.total(known_share_N)).clamp(min=0)
-        share_N = known_share_N + drawn_N * left_N / self.total(drawn_N).clamp(min=1e-9)
-        self.generated_N = share_N / self.total(share_N)  # where no other response was drawn
-
-    def total(self, value_N):
-        """The sum of value_N over the responses to the same prompt, at each of them. [N]"""
-        sum_P = value_N.new_zeros(len(self.prompt_length_P))
-        return sum_P.index_add(0, self.prompt_N, value_N)[self.prompt_N]
-
-    def pairs(self, first_N, second_N):
-        """All pairs (i, j) of one prompt with weight first_N[i]·second_N[j], averaged over prompts.
-
-        n real and m generated draws give n·m pairs for n + m log-probs. Returns i_B, j_B, weight_B.
-        """
-        i_I, j_J = first_N.nonzero()[:, 0], second_N.nonzero()[:, 0]
-        same_IJ = self.prompt_N[i_I][:, None] == self.prompt_N[j_J]
-        at_B = same_IJ.nonzero()
-        i_B, j_B = i_I[at_B[:, 0]], j_J[at_B[:, 1]]
-        return i_B, j_B, first_N[i_B] * second_N[j_B] / len(self.prompt_length_P)
-
-    def mean(self, weight_N, value_N, prompts) -> float:
-        """Mean over some prompts of Σ_n weight_n value_n."""
-        sum_P = torch.zeros(len(self.prompt_length_P), device=value_N.device)
-        return sum_P.index_add(0, self.prompt_N, weight_N * value_N)[prompts].mean().item()
-
-    def on_support(self, value_N, fill=float("-inf")):
-        """value_N arranged as [P, K], one row a prompt, over the responses p_data can give."""
-        return torch.where(self.support_PK >= 0, value_N[self.support_PK], fill)
+class TreeBatch:
+    """The trees of some prompts, as the network reads them."""
+    token_M: torch.Tensor  # what each node reads
+    position_M: torch.Tensor  # how many ancestors it has
+    slot_M: torch.Tensor  # its place in [R, T], flattened
+    end_RT: torch.Tensor  # the place after its subtree, in its own row
+    scored_U: torch.Tensor  # the nodes from which edges go out: ANSWER and all after it
+    parent_E: torch.Tensor  # which of those each edge leaves
+    target_E: torch.Tensor  # the token that it leads to
+    edge_L: torch.Tensor  # the edges of all paths, one after another
+    row_L: torch.Tensor  # … and the response that each is a step of
+    N: int  # how many responses there are
 
 
-def answer_logps(model, answers: Responses, impl="eager", groups=4):
-    """log p_θ(y|x) of every answer in a table, [N], nats: `sequence_logps`, several times faster.
+class TreeCache(KVCache):
+    """Nodes stay flat, [M, D]; attention alone arranges them in rows, one tree to a row [P, T]."""
+    def __init__(self, batch):
+        super().__init__()
+        self.batch, self.shape_RT = batch, batch.end_RT.shape
 
-    A prompt is read once, and all of its answers continue from its keys and values; answers are
-    read in groups of like length, so that short ones are not padded to the longest.
-    """
-    length_P = answers.prompt_length_P - 1  # ANSWER, a prompt's last token, is read with each y:
-    cache = model.read(answers.prompt_PT, length_P)
-    first_P1 = answers.prompt_PT.gather(1, length_P[:, None])  # it is what predicts y's first.
-    logp_N = torch.zeros(len(answers.prompt_N), device=length_P.device)
-    for n in answers.length_N.argsort().chunk(groups):
-        length_n, prompt_n = answers.length_N[n], answers.prompt_N[n]
-        target_nS = answers.tokens_NS[n, :int(length_n.max())]
-        scored_nS = torch.arange(target_nS.shape[1], device=n.device) < length_n[:, None]
-        input_nS = torch.cat([first_P1[prompt_n], target_nS[:, :-1]], dim=1)  # shifted by one
-        input_nS = input_nS.masked_fill(~scored_nS, -1)  # padding, which has no position
-        hidden_nSD = model.hidden(input_nS, cache.rows(prompt_n))
-        logp = token_logps(hidden_nSD[scored_nS], model.head_weight, target_nS[scored_nS], impl)
-        logp_N = logp_N.index_add(0, n[scored_nS.nonzero()[:, 0]], logp)
-    return logp_N
+    def place(self, tokens_M, block_size):
+        order_1T = torch.arange(self.shape_RT[1], device=tokens_M.device)[None]
+        in_subtree_RTT = order_1T[:, :, None] < self.batch.end_RT[:, None, :]
+        self.visible_BTC = causal_mask(order_1T, order_1T) & in_subtree_RTT
+        return self.batch.position_M
+
+    def in_rows(self, x_MD):
+        R, T = self.shape_RT
+        x_SD = x_MD.new_zeros(R * T, x_MD.shape[1]).index_copy(0, self.batch.slot_M, x_MD)
+        return x_SD.view(R, T, -1)
+
+    def as_given(self, x_RTD):
+        return x_RTD.flatten(0, 1).index_select(0, self.batch.slot_M)
+
+
+def response_logps(model, batch: TreeBatch, impl="eager"):
+    """log p_θ(y|x) of every response in a batch, [N], nats: `sequence_logps`, but faster."""
+    hidden_MD = model.hidden(batch.token_M, TreeCache(batch))
+    hidden_UD = hidden_MD.index_select(0, batch.scored_U)
+    logp_E = token_logps(hidden_UD, model.head_weight, batch.target_E, impl, batch.parent_E)
+    return logp_E.new_zeros(batch.N).index_add(0, batch.row_L, logp_E.index_select(0, batch.edge_L))
 
 
 @torch.no_grad()
-def all_logps(model, responses, impl):
-    """log p of every response, some prompts at a time so that memory stays small. [N], nats."""
-    P = len(responses.prompt_length_P)
-    parts = torch.arange(P, device=responses.prompt_N.device).split(64)
-    return torch.cat([answer_logps(model, responses.select(part), impl) for part in parts])
+def all_logps(model, trees: PrefixTrees, impl="eager"):
+    """log p of every response, [N], a float64 array; some prompts at a time, to bound memory."""
+    device, V = model.head_weight.device, len(model.head_weight)
+    most = max(1, (1 << 22) // V)  # nodes at a time: 16 MB of logits
+    first, P, parts = 0, len(trees.answer_P), []
+    while first < P:
+        fits = np.searchsorted(trees.first_node, trees.first_node[first] + most, side="right") - 1
+        prompts = np.arange(first, max(first + 1, fits))
+        parts.append(response_logps(model, trees.batch(prompts, device), impl))
+        first += len(prompts)
+    return torch.cat(parts).double().cpu().numpy()
+
+
+# --- what an iteration learns from ---------------------------------------------------------------
+
+@dataclass
+class Responses:
+    """All responses of all prompts, and how often each comes: arrays [N] on the host.
+
+    A share is a probability or a frequency; shares of one kind sum to 1 over a prompt's responses
+    (or to 0, where there are none). An expectation over samples is then a weighted sum over
+    distinct responses: exactly the same, at a fraction of the cost.
+    """
+    trees: PrefixTrees
+    prompt_N: np.ndarray  # the prompt of each response, in ascending order
+    data_N: np.ndarray  # p_data(y|x), exact
+    real_N: np.ndarray  # share in the SFT set
+    own_N: np.ndarray  # share under p_t: of its samples, or p_t itself where that is known
+    generated_N: np.ndarray  # what the loss compares with: own_N, or its mean with older samples
+    opponent_N: np.ndarray  # log p_t(y|x), nats, computed once: the opponent is frozen
+
+    def batch(self, prompts, device="cpu") -> "Batch":
+        """The part of the table that belongs to some prompts, as tensors."""
+        row_N, rows_P = rows_of(self.trees.first_row, np.asarray(prompts))
+        shares = {name: getattr(self, f"{name}_N")[row_N].astype(np.float32)
+                  for name in ("data", "real", "own", "generated", "opponent")}
+        prompt_N = np.repeat(np.arange(len(prompts)), rows_P)
+        return Batch(self.trees.batch(prompts, device), len(prompts), prompt_N, shares, device)
+
+
+class Batch:
+    """The responses of P prompts as tensors [N]; `pairs` finds those that the loss compares."""
+    def __init__(self, trees: TreeBatch, P, prompt_N, shares, device):
+        self.trees, self.P = trees, P
+        self.host, self.host_prompt_N, self.device = shares, prompt_N, device
+        self.prompt_N = to_device(prompt_N, device)
+        self.data_N, self.real_N, self.own_N, self.opponent_N = (
+            to_device(shares[name], device) for name in ("data", "real", "own", "opponent"))
+
+    def pairs(self, first, second):
+        """All pairs of one prompt, weighed by the product of two shares, averaged over prompts.
+
+        first and second name shares: "real", "generated". Returns i_B, j_B, weight_B.
+        """
+        found = pairs(self.host_prompt_N, self.host[first], self.host[second])
+        i_B, j_B, weight_B = (to_device(x, self.device) for x in found)
+        return i_B, j_B, weight_B / self.P
+
+
+def pairs(prompt_N, first_N, second_N):
+    """All pairs (i, j) of responses to one prompt with weight first[i]·second[j] > 0.
+
+    n real and m generated samples give n·m pairs for n + m log-probs. prompt_N is ascending.
+
+    >>> i, j, weight = pairs(np.array([0, 0, 1]), np.array([1, 0, 1]), np.array([0.5, 0.5, 1]))
+    >>> i.tolist(), j.tolist(), weight.tolist()
+    ([0, 0, 2], [0, 1, 2], [0.5, 0.5, 1.0])
+    """
+    i_I, j_J = np.flatnonzero(first_N), np.flatnonzero(second_N)
+    if not len(i_I) or not len(j_J):
+        return i_I[:0], j_J[:0], first_N[:0]
+    partners_P = np.bincount(prompt_N[j_J], minlength=prompt_N[-1] + 1)  # how many j each prompt has
+    partners_I = partners_P[prompt_N[i_I]]
+    i_B = np.repeat(i_I, partners_I)
+    first_partner_I = before(partners_P)[prompt_N[i_I]]
+    j_B = j_J[np.arange(len(i_B)) + np.repeat(first_partner_I - before(partners_I), partners_I)]
+    return i_B, j_B, first_N[i_B] * second_N[j_B]
+
+
+def sft_responses(world) -> Responses:
+    """What SFT learns from: the responses of p_data, and their shares in the SFT set."""
+    trees = PrefixTrees(world.prompts, world.data)
+    none_N = np.zeros(trees.first_row[-1])
+    return Responses(trees, prompts_of_rows(trees), shares_of(world.data, trees),
+                     shares_of(world.real, trees), none_N, none_N, none_N)
+
+
+def self_play_responses(world, samples, older, opponent_logps) -> Responses:
+    """What iteration t learns from: also the samples of p_t, and log p_t of every response.
+
+    samples[p] counts the opponent's responses to prompt p; `older` (or None) those of p_{t−1}.
+    opponent_logps(trees) gives log p_t of all of them.
+    """
+    older_counts = older or [{}] * len(samples)
+    trees = PrefixTrees(world.prompts, [
+        {*data, *own, *old} for data, own, old in zip(world.data, samples, older_counts)])
+    prompt_N, real_N = prompts_of_rows(trees), shares_of(world.real, trees)
+    opponent_N = opponent_logps(trees)
+    own_N = known_shares(prompt_N, real_N, shares_of(samples, trees), opponent_N)
+    generated_N = (own_N + shares_of(older, trees)) / 2 if older else own_N
+    return Responses(trees, prompt_N, shares_of(world.data, trees), real_N, own_N, generated_N,
+                     opponent_N)
+
+
+def prompts_of_rows(trees):
+    """The prompt of each row, [N]."""
+    return np.repeat(np.arange(len(trees.responses)), np.diff(trees.first_row))
+
+
+def shares_of(counts, trees):
+    """What share of its prompt's counts each response has, [N]."""
+    return np.array([some.get(y, 0) / max(1e-300, sum(some.values()))
+                     for some, responses in zip(counts, trees.responses) for y in responses])
+
+
+def known_shares(prompt_N, real_N, sampled_N, opponent_N):
+    """Let p_t itself, not a count of samples, be the share of each response of the SFT set.
+
+    opponent_N holds log p_t of those anyway. The other responses of a prompt share what is left,
+    in proportion to their counts: E over y' ~ p_t keeps its value and loses noise.
+    """
+    total = lambda share_N: np.bincount(prompt_N, weights=share_N)[prompt_N]
+    known_N = np.where(real_N > 0, np.exp(opponent_N), 0)
+    other_N = np.where(real_N > 0, 0, sampled_N)
+    left_N = np.maximum(0, 1 - total(known_N))
+    share_N = known_N + other_N * left_N / np.maximum(1e-9, total(other_N))
+    return share_N / total(share_N)  # where no other response was sampled

@@ -14,9 +14,9 @@ from pathlib import Path
 import tiktoken
 
 try:
-    from data.reader import InputError, nearest
+    from data.errors import InputError, nearest
 except ModuleNotFoundError:  # run as a script, from this folder
-    from reader import InputError, nearest
+    from errors import InputError, nearest
 
 RANK_FILE = Path(__file__).parent / "toy.tiktoken"
 VOCAB_SIZE = 510  # with the two special tokens: 512, a round number for the matrix of logits

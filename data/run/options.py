@@ -1,30 +1,33 @@
 """A dataclass as a command line: each field is a flag with its default, its reason and its limits.
 
-Reading order: `option` → `check` → `parse_args` → `command`.
+Reading order: `option` → `check_limits` → `parse_args` → `command`.
 """
 import argparse
 import math
 import sys
 from dataclasses import field, fields
 
-import torch
-
-from data.parallel import leave
-from data.reader import InputError, nearest
+from data.errors import InputError, nearest
+from data.run.parallel import leave
 
 TINY = 1e-12  # as a limit: "more than 0"
 
 
 def option(default, why, low=None, high=None, choices=None):
-    """A field of Config that is also a flag: its help, its limits (low ≤ value ≤ high)."""
+    """A field that is also a flag: its help text and its limits, low ≤ value ≤ high."""
     return field(default=default, metadata=dict(why=why, low=low, high=high, choices=choices))
+
+
+def flag_of(name: str) -> str:
+    """anchor_weight -> --anchor-weight"""
+    return "--" + name.replace("_", "-")
 
 
 def check_limits(config):
     """Raise InputError for the first value that is out of range."""
     for f in fields(config):
-        value, limits, flag = getattr(config, f.name), f.metadata, flag_of(f.name)
-        low, high, choices = limits["low"], limits["high"], limits["choices"]
+        value, flag = getattr(config, f.name), flag_of(f.name)
+        low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
         if choices and value not in choices:
             raise InputError(f"{flag} {value}: use one of {', '.join(map(str, choices))}"
                              f"{nearest(value, choices)}")
@@ -37,23 +40,6 @@ def check_limits(config):
             raise InputError(f"{flag} {value}: must be {least}")
         if high is not None and value > high:
             raise InputError(f"{flag} {value}: must be at most {high:g}")
-
-
-def check(config):
-    """check_limits, and what two flags of train.py must not be together."""
-    check_limits(config)
-    if config.n_embd % config.n_head:
-        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
-                         f"{config.n_head}, so that every head gets an equal share")
-    if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU here; use --device auto or cpu")
-
-
-def flag_of(name: str) -> str:
-    """anchor_weight -> --anchor-weight"""
-    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,15 +69,16 @@ def parse_args(kind, description, argv=None):
 
 
 def command(name, work):
-    """Do what a script is for; say in one line why that could not be, and exit with 2 (or 130)."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal without λ shows ?
+    """Run a script's work. Exit with 2 and one line on an InputError, with 130 after Ctrl-C."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(errors="replace")  # a terminal without λ shows ?
     status = 0
     try:
         work()
     except (InputError, OSError) as error:
-        status = print(f"{name}: {error}", file=sys.stderr) or 2
-    except KeyboardInterrupt as stop:  # `Rescue` has saved if it gives the signal's number
-        more = "; go on with the same flags and --resume" if stop.args else ""
-        print(f"{name}: stopped{more}", file=sys.stderr)
-        status = 128 + (stop.args or (2,))[0]
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt as stop:
+        print(f"{name}: stopped{stop}", file=sys.stderr)  # a run adds how to go on
+        status = 130
     leave(status)

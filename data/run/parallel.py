@@ -1,7 +1,8 @@
 """Several processes, one run: `torchrun --nproc_per_node=2 train.py` (plain torch.distributed).
 
-Each process answers its share of the prompts and computes the gradient of its share of a batch;
-process 0 alone prints and writes. Without torchrun there is one process, and nothing here acts.
+Each process generates its share of the responses and computes the gradient of its share of a
+batch; process 0 alone prints and writes. Without torchrun there is one process, and every function
+here does nothing or the obvious.
 """
 import os
 import sys
@@ -9,11 +10,19 @@ import sys
 import torch
 import torch.distributed as dist
 
-from data.reader import InputError
+from data.errors import InputError
 
 
 def start(device: str) -> str:
-    """Join the processes that torchrun started, if it did. Returns the device of this one."""
+    """Join the processes that torchrun started, if it did. Returns the device of this one.
+
+    device is "auto", "cpu", "cuda" or "mps". Raises InputError where there is no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available() or (
+            device == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"--device {device}: torch sees none here; use --device auto or cpu")
     if "RANK" not in os.environ:
         return device
     if device == "cuda":
@@ -25,13 +34,13 @@ def start(device: str) -> str:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    if rank():
-        sys.stdout = open(os.devnull, "w")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
 
 
 def leave(status: int):
-    """End this process, among several without Python's cleaning up: gloo's threads may abort it."""
+    """End this process. Among several, skip Python's own clean-up: gloo's threads may abort it."""
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -50,44 +59,35 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def by_the_first(work):
+def gather(item) -> list:
+    """Every process's item, in all of them."""
+    items = [item] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def on_process_0(work):
     """Let process 0 alone do `work()`; returns its result in all of them.
 
-    What process 0 cannot do ends them all: it raises the InputError, the others just leave.
+    If process 0 cannot do it, all of them end: it raises the InputError, the others just leave.
     """
-    if ranks() == 1:
-        return work()
     result, error = None, None
     if rank() == 0:
         try:
             result = work()
         except InputError as caught:
             error = caught
-    told = [result, error]
-    dist.broadcast_object_list(told)
-    if error or told[1]:
-        raise error or SystemExit(2)
-    return told[0]
-
-
-def gather(part: dict) -> dict:
-    """The union of every process's dict, in all of them."""
-    parts = [part] * ranks()
-    if ranks() > 1:
-        dist.all_gather_object(parts, part)
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def largest(number: int) -> int:
-    """The largest of the processes' numbers, in all of them: how they agree on what to do."""
-    if ranks() == 1:
-        return number
-    number = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+    result, failed = gather((result, error is not None))[0]
+    if error:
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return result
 
 
 def add_gradients(model):
     """Let each gradient be the sum over processes."""
-    for p in model.parameters() if ranks() > 1 else ():
-        dist.all_reduce(p.grad)
+    if ranks() > 1:
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
