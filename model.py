@@ -52,7 +52,7 @@ class KVCache:
         if self.width > block_size and int(position_BT.max()) >= block_size:
             raise ValueError(f"{int(position_BT.max()) + 1} tokens do not fit the model's "
                              f"block_size of {block_size}")
-        self.length_B1 = position_BT[:, -1:] + 1
+        self.length_B1 = self.length_B1 + is_text_BT.sum(dim=1, keepdim=True)
         # Padding as a key stands further right than any token can, where no token sees it.
         key_BT = position_BT.masked_fill(~is_text_BT, block_size)
         self.position_BC = key_BT if self.position_BC is None else torch.cat(

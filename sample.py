@@ -1,12 +1,12 @@
-"""Sampling: drawing answers y ~ p_θ(·|x), one token after another.
+"""Sampling: drawing responses y ~ p_θ(·|x), one token after another.
 
     y_k ~ softmax(logits / temperature),  logits from (x, y_<k),  until END
 
-Self-play needs exactly this at temperature 1 with nothing cut off: only then is an answer a
-sample of p_t, which every theorem of the paper supposes.
+Self-play needs exactly this at temperature 1 with nothing cut off: only then is a response
+a sample of p_t, which every theorem of the paper supposes.
 
-Reading order: `next_tokens` → `generate` → `load_checkpoint` → `main`, a talk with the models.
-Dimensions: B answers in the making, P distinct prompts, T prompt tokens, V vocabulary.
+Reading order: `next_tokens` → `generate` → `main`, which asks every policy that a run has saved.
+Dimensions: B responses in the making, P distinct prompts, T prompt tokens, V vocabulary.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -28,7 +28,9 @@ def next_tokens(logits_BV, temperature=1.0, top_k=None, generator=None):
     if top_k is not None:
         least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
-    p_BV = (logits_BV.float() / temperature).softmax(dim=1)
+    # Largest logit first to 0, so that no temperature makes ∞ − ∞ of it.
+    logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)).float()
+    p_BV = (logits_BV / max(temperature, 1e-30)).softmax(dim=1)
     if p_BV.device.type != "cpu":
         return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
     # The same ten times as fast as multinomial does it on a CPU, whose cumsum goes from left to
@@ -44,43 +46,57 @@ def next_tokens(logits_BV, temperature=1.0, top_k=None, generator=None):
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_token: int,
              temperature: float = 1.0, top_k: int | None = None,
              generator: torch.Generator | None = None) -> list[list[int]]:
-    """Answer each prompt (token lists of any lengths); [[5, 6]] -> [[9, 3, end_token]], say.
+    """One response to each prompt (token lists of any lengths); [[5, 6]] -> [[9, 3, end_token]], say.
 
-    An answer ends with end_token, or without it where max_new_tokens or the model's block_size
-    cut it short. Equal prompts are read once and finished answers leave the batch. `generator`
+    A response ends with end_token, or without it where max_new_tokens or the model's block_size
+    cut it short. Equal prompts are read once and finished responses leave the batch. `generator`
     lives on the model's device. Raises ValueError for an empty or too long prompt, a
     temperature < 0, a top_k < 1.
     """
-    if not all(prompts) or any(len(p) > model.config.block_size for p in prompts):
-        raise ValueError(f"a prompt needs 1 to {model.config.block_size} tokens (the block_size)")
+    block_size, device = model.config.block_size, model.head_weight.device
+    if not all(prompts) or any(len(p) > block_size for p in prompts):
+        raise ValueError(f"a prompt needs 1 to {block_size} tokens (the block_size)")
     if not 0 <= temperature < float("inf") or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature {temperature} must be ≥ 0 and top_k {top_k} ≥ 1 or None")
     if not prompts:
         return []
-    device = model.head_weight.device
-    distinct = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    length_P = torch.tensor([len(p) for p in distinct], device=device)
-
-    # Read all but the last token of each prompt; that one is the first to be fed in the loop.
-    longest = int(length_P.max()) - 1
-    padded = [[*p[:-1], *[-1] * (longest + 1 - len(p))] for p in distinct]
-    cache = KVCache()
-    model.hidden(torch.tensor(padded, dtype=torch.long, device=device), cache)
-    row_B = torch.tensor([distinct[tuple(p)] for p in prompts], device=device)
-    cache, last_B = cache.rows(row_B), torch.tensor([p[-1] for p in prompts], device=device)
-    alive_B = torch.arange(len(prompts), device=device)  # which answers are still being written
-    room_B = model.config.block_size - length_P[row_B] + 1
-    answers = torch.full((len(prompts), max_new_tokens), -1, device=device)
+    cache = read_prompts(model, prompts)
+    last_B = torch.tensor([p[-1] for p in prompts], device=device)
+    room_B = torch.tensor([block_size - len(p) + 1 for p in prompts], device=device)
+    unfinished_B = torch.arange(len(prompts), device=device)  # which rows are still in the batch
+    max_new_tokens = min(max_new_tokens, int(room_B.max()))
+    responses = torch.full((len(prompts), max_new_tokens), -1, device=device)
     for k in range(max_new_tokens):
-        last_B = next_tokens(model(last_B[:, None], cache)[:, -1], temperature, top_k, generator)
-        answers[alive_B, k] = last_B
+        logits_BV = model(last_B[:, None], cache)[:, -1]
+        last_B = next_tokens(logits_BV, temperature, top_k, generator)
+        responses[unfinished_B, k] = last_B
         going = ((last_B != end_token) & (k + 1 < room_B)).nonzero()[:, 0]
         if not len(going):
             break
-        if len(going) < len(alive_B):
-            cache, alive_B, last_B, room_B = (
-                cache.rows(going), alive_B[going], last_B[going], room_B[going])
-    return [row[:n].tolist() for row, n in zip(answers.cpu(), (answers >= 0).sum(dim=1).tolist())]
+        if len(going) < len(unfinished_B):
+            cache = cache.rows(going)
+            unfinished_B, last_B, room_B = unfinished_B[going], last_B[going], room_B[going]
+    length_B = (responses >= 0).sum(dim=1).tolist()
+    return [row[:n] for row, n in zip(responses.tolist(), length_B)]
+
+
+def read_prompts(model, prompts) -> KVCache:
+    """A cache that has read all but the last token of each prompt, equal prompts once.
+
+    The last token is the first that `generate` feeds to the model.
+    """
+    distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    longest, device = max(map(len, distinct)), model.head_weight.device
+    padded = [[*p[:-1], *[-1] * (longest - len(p))] for p in distinct]
+    cache = KVCache()
+    model.hidden(torch.tensor(padded, dtype=torch.long, device=device), cache)
+    return cache.rows(torch.tensor([distinct[tuple(p)] for p in prompts], device=device))
+
+
+def rows_that_fit(model, tokens, numbers=1 << 26) -> int:
+    """How many responses to sample at once, so that their keys and values stay below 256 MB."""
+    a_row = 2 * model.config.n_layer * model.config.n_embd * tokens
+    return max(1, min(4096, numbers // a_row))
 
 
 @dataclass
@@ -88,43 +104,62 @@ class SampleConfig:
     """What to ask; each field is a flag."""
     out: str = option("out", "folder of a run of train.py")
     prompt: tuple = option((), "what to ask; may be repeated; the default is four of the world's")
-    samples: int = option(1000, "responses drawn from each model", 1, 10**7)
+    samples: int = option(1000, "responses sampled from each policy", 1, 10**7)
     show: int = option(8, "most frequent responses to list", 0)
-    temperature: float = option(1.0, "1 is p_θ itself", 0, 1e6)
+    temperature: float = option(1.0, "1 is p_θ itself; 0 is greedy", 0, 1e6)
     top_k: int = option(0, "only the k likeliest tokens (not p_θ any more); 0: all of them", 0)
-    max_new_tokens: int = option(24, "longest response", 1, 10**6)
-    seed: int = option(0, "of the draws", 0, 2**31)
+    max_new_tokens: int = option(0, "longest response; 0: two tokens longer than any in the data",
+                                 0, 10**6)
+    seed: int = option(0, "of the sampling", 0, 2**31)
 
 
 def main(args: SampleConfig):
-    """Print, for each prompt, how often each saved iteration gives each response, beside p_data."""
+    """Print, for each prompt, how often each saved policy gives each response, beside p_data."""
     check_limits(args)
     paths = {p.stem[10:]: p for p in Path(args.out).glob("iteration_*.pt")}
     names = sorted(filter(str.isdecimal, paths), key=int)
     if not names:
         raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")
-    saved = [load_policy(paths[name]) for name in names]
-    world = saved[0][2]
+    policies = [load_policy(paths[name]) for name in names]
+    world = policies[0][2]
     for prompt in args.prompt or list(world)[::max(1, len(world) // 4)][:4]:
-        counts = []
-        for model, encoding, _ in saved:
-            rng, end = torch.Generator().manual_seed(args.seed), encoding.encode_single_token(END)
-            tokens, limit = frame(encoding, prompt, "")[0], model.config.block_size
-            if len(tokens) > limit:
-                raise InputError(f"--prompt {prompt[:30]!r}: {len(tokens)} tokens, limit {limit}")
-            drawn = generate(model, [tokens] * args.samples, max_new_tokens=args.max_new_tokens,
-                             end_token=end, generator=rng, temperature=args.temperature,
-                             top_k=args.top_k or None)
-            counts.append(Counter(encoding.decode([k for k in y if k != end]) for y in drawn))
-        data = world.get(prompt, {})
-        common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
-        head = "".join(f"{'p_' + name:>8}" for name in names)
-        print(f"\n{prompt}\n{'p_data':>10}{head}   response")
-        for y in dict.fromkeys([*data, *common]):
-            truth = f"{data[y]:>10.3f}" if y in data else f"{'0' if data else '?':>10}"
-            print(truth + "".join(f"{c[y] / args.samples:>8.3f}" for c in counts) + f"   {y!r}")
+        counts = [count_responses(*policy, prompt, args) for policy in policies]
+        print_counts(prompt, world.get(prompt, {}), names, counts, args)
+
+
+def count_responses(model, encoding, world, prompt, args) -> Counter:
+    """How often the policy gives each response to a prompt. One that was cut short ends with …"""
+    tokens, end = frame(encoding, prompt, "")[0], encoding.encode_single_token(END)
+    if len(tokens) > model.config.block_size:
+        raise InputError(f"--prompt {prompt[:30]!r}: {len(tokens)} tokens, and the model reads "
+                         f"{model.config.block_size}; shorten it")
+    longest = args.max_new_tokens or 2 + max(
+        len(frame(encoding, "", y)[1]) for responses in world.values() for y in responses)
+    rng, counts = torch.Generator().manual_seed(args.seed), Counter()
+    chunk = rows_that_fit(model, len(tokens) + longest)
+    for first in range(0, args.samples, chunk):
+        for y in generate(model, [tokens] * min(chunk, args.samples - first), end_token=end,
+                          max_new_tokens=longest, temperature=args.temperature,
+                          top_k=args.top_k or None, generator=rng):
+            cut = "" if y[-1:] == [end] else "…"
+            counts[encoding.decode([k for k in y if k != end]) + cut] += 1
+    return counts
+
+
+def print_counts(prompt, p_data, names, counts, args):
+    """One table: p_data beside the frequencies under p_0, p_1, …"""
+    common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
+    head = "".join(f"{'p_' + name:>8}" for name in names)
+    print(f"\n{' '.join(prompt.split())}\n{'p_data':>10}{head}   response")
+    for y in dict.fromkeys([*p_data, *common]):
+        truth = f"{p_data[y]:>10.3f}" if y in p_data else f"{'0' if p_data else '?':>10}"
+        print(truth + "".join(f"{c[y] / args.samples:>8.3f}" for c in counts) + f"   {y!r}")
+    cut = [sum(n for y, n in c.items() if y.endswith("…")) for c in counts]
+    if any(cut):
+        print(f"{'cut short':>10}" + "".join(f"{n / args.samples:>8.3f}" for n in cut)
+              + "   … marks a response without its end; --max-new-tokens allows longer ones")
 
 
 if __name__ == "__main__":
     command("sample.py", lambda: main(parse_args(
-        SampleConfig, "Ask each saved iteration and compare its answers with p_data.")))
+        SampleConfig, "Ask each saved policy p_0, p_1, … and compare its responses with p_data.")))

@@ -89,8 +89,13 @@ def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_gener
 
 def loss_slopes(loss, r, s, lam, mu=1.0):
     """(∂L/∂r, ∂L/∂s) of one loss at the log-ratios r and s; float64, by autograd."""
+    return slopes_of(LOSSES[loss], r, s, lam, mu)
+
+
+@functools.cache  # a training step asks for the same ones again and again
+def slopes_of(loss_of, r, s, lam, mu):
     r, s = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (r, s))
-    slopes = torch.autograd.grad(LOSSES[loss](r, s, lam, mu), (r, s), materialize_grads=True)
+    slopes = torch.autograd.grad(loss_of(r, s, lam, mu), (r, s), materialize_grads=True)
     return tuple(slope.item() for slope in slopes)
 
 

@@ -16,24 +16,25 @@ Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
 """
 import copy
 import math
+import os
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from data.errors import InputError
 from data.metrics import evaluate
 from data.responses import all_logps, response_logps, self_play_responses, sft_responses
 from data.run.checkpoint import Run
-from data.run.options import TINY, check_limits, command, option, parse_args
+from data.run.options import TINY, check_limits, command, flag_of, option, parse_args
 from data.run.parallel import add_gradients, gather, rank, ranks, start
 from data.run.report import print_responses, print_start
 from data.tokenizer import RANK_FILE, load_encoding
-from data.world import WORLD, World, read_world
+from data.world import WORLD, World, hold_out, read_world
 from model import GPT, GPTConfig
-from sample import generate
+from sample import generate, rows_that_fit
 from spin_loss import LOSSES, mass_anchor, sft_scale, spin_loss
 
 
@@ -46,7 +47,7 @@ class Config:
     lam: float = option(2.0, "λ: an iteration moves log p by (1/λ) log p_data/p_t, so λ = 2 is a "
                         "careful step; exact self-play diverges below ½", TINY, 1e6)
     loss: str = option("logistic", "ℓ; space is the NCE loss that needs no λ",
-                       choices=tuple(LOSSES))
+                       choices=LOSSES)
     mu: float = option(1.0, "μ, SPACE's ratio of generated to real", TINY, 1e6)
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
                          "E[p_θ/p_t] ≥ 1, or the SFT loss", choices=("none", "mass", "sft"))
@@ -78,6 +79,8 @@ class Config:
     seed: int = option(0, "one seed for weights, SFT set, sampling and order", 0, 2**31)
     reports: int = option(8, "evaluations in a stage", 1, 10**6)
     data: str = option(str(WORLD), "a world, or plain prompt/response pairs, as JSON lines")
+    heldout: float = option(0.0, "share of the train prompts to hold out, besides those of the file",
+                            0, 0.9)
     encoding: str = option(str(RANK_FILE), "a rank file, or the name of a tiktoken encoding")
     out: str = option("out", "folder for metrics, checkpoints and figures")
     threads: int = option(1, "CPU threads: the tensors are so small that two threads mostly wait for "
@@ -101,22 +104,27 @@ def sft_objective(model, batch, config):
 
 def spin_objective(model, batch, config):
     """Eq. 4.7 over all pairs (y, y') of each prompt, y from the SFT set and y' from p_t."""
-    player_N, opponent_N = response_logps(model, batch.trees, config.logprob), batch.opponent_N
+    player_N = response_logps(model, batch.trees, config.logprob)
     i_B, j_B, weight_B = batch.pairs("real", "generated")
-    loss_B = spin_loss(player_N[i_B], player_N[j_B], opponent_N[i_B], opponent_N[j_B],
-                       config.lam, config.loss, config.mu)
+    loss_B = losses_of_pairs(player_N, batch.opponent_N, i_B, j_B, config)
     return scaled((weight_B * loss_B).sum(), config) + anchor(player_N, batch, config)
 
 
 def dpo_objective(model, batch, config):
     """DPO: y and y' are both the opponent's; an oracle prefers the one that p_data prefers."""
-    player_N, opponent_N = response_logps(model, batch.trees, config.logprob), batch.opponent_N
+    player_N = response_logps(model, batch.trees, config.logprob)
     i_B, j_B, weight_B = batch.pairs("generated", "generated")
     weight_B = weight_B * (batch.data_N[i_B] > batch.data_N[j_B])
-    weight_B = weight_B / weight_B.sum().clamp(min=1e-9)  # a mean over the pairs that it ranks
-    loss_B = spin_loss(player_N[i_B], player_N[j_B], opponent_N[i_B], opponent_N[j_B],
-                       config.lam, config.loss, config.mu)
+    # A mean over the pairs that it ranks; where that share is negligible, so is the loss.
+    weight_B = weight_B / weight_B.sum().clamp(min=1e-3)
+    loss_B = losses_of_pairs(player_N, batch.opponent_N, i_B, j_B, config)
     return scaled((weight_B * loss_B).sum(), config) + anchor(player_N, batch, config)
+
+
+def losses_of_pairs(player_N, opponent_N, i_B, j_B, config):
+    """The loss of each pair: response i is the one to prefer to response j."""
+    return spin_loss(player_N[i_B], player_N[j_B], opponent_N[i_B], opponent_N[j_B],
+                     config.lam, config.loss, config.mu)
 
 
 def scaled(loss, config):
@@ -155,7 +163,7 @@ def fit(player, objective, responses, t, run):
     optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / warmup))
-    averaged = AveragedModel(player)
+    averaged, first = copy.deepcopy(player), math.floor(steps * (1 - config.average))
     learner = {"player": player, "averaged": averaged, "optimizer": optimizer,
                "schedule": schedule}
     batches = prompt_batches(train, steps, config, t)
@@ -169,13 +177,16 @@ def fit(player, objective, responses, t, run):
         clip_gradients(player, config.clip, t, step)
         optimizer.step()
         schedule.step()
-        if step + 1 > steps * (1 - config.average):
-            averaged.update_parameters(player)
+        if step >= first:
+            with torch.no_grad():
+                for mean, p in zip(averaged.parameters(), player.parameters()):
+                    mean.lerp_(p, 1 / (step + 1 - first))
         if is_due(step + 1, steps, config.reports):
-            policy = averaged.module if averaged.n_averaged else player
+            policy, weights = (averaged, "averaged") if step >= first else (player, "raw")
             found = evaluate(policy, responses, run.world, config, t)
-            run.report(step + 1, steps, found, learner, policy)
-    return averaged.module if averaged.n_averaged else player
+            run.report(step + 1, steps, found, learner, policy, weights)
+    show_responses(policy, run)
+    return policy
 
 
 def clip_gradients(player, norm, t, step):
@@ -225,28 +236,60 @@ def self_play(opponent, config, t, run):
     samples, older = sample_responses(opponent, run.world, config, t), None
     if config.history and t > 0:  # sampled again, alike; scored, like the rest, by p_t
         older = sample_responses(run.policy(t - 1), run.world, config, t - 1)
-    return self_play_responses(run.world, samples, older,
-                               lambda trees: all_logps(opponent, trees, config.logprob))
+    responses = self_play_responses(run.world, samples, older,
+                                    lambda trees: all_logps(opponent, trees, config.logprob))
+    if config.method == "dpo":
+        check_ranking(responses, run.world.splits["train"], t)
+    return responses
 
 
-def sample_responses(model, world, config, t, chunk=4096) -> list[Counter]:
+def check_ranking(responses, train, t):
+    """Say how many train prompts give DPO's oracle nothing to rank; InputError if all of them."""
+    likely_N = responses.generated_N > 1e-3
+    rank_P = [np.unique(responses.data_N[(responses.prompt_N == p) & likely_N]) for p in train]
+    idle = sum(len(values) < 2 for values in rank_P)
+    if idle == len(train):
+        raise InputError(f"--method dpo: p_{t}'s responses to each prompt are all alike to the "
+                         f"oracle, so nothing can be ranked; raise --sft-steps or --negatives")
+    if idle:
+        print(f"iteration {t + 1}  {idle} of {len(train)} prompts have nothing to rank", flush=True)
+
+
+def sample_responses(model, world, config, t) -> list[Counter]:
     """`negatives` responses of p_t to each prompt, as {response: count}.
 
     A chunk of them has a generator of its own: which process samples it makes no difference.
     """
     prompt_of = [p for p in range(len(world.prompts)) for _ in range(config.negatives)]
-    mine = []
+    longest = max(map(len, world.prompts)) + world.max_new_tokens
+    chunk, mine, began = rows_that_fit(model, longest), [], time.time()
     for first in range(chunk * rank(), len(prompt_of), chunk * ranks()):
         some = prompt_of[first:first + chunk]
         rng = torch.Generator(model.head_weight.device)
         rng.manual_seed(seed_for(config.seed, t + 1, 1, first))
-        drawn = generate(model, [world.prompts[p] for p in some], end_token=world.end_token,
-                         max_new_tokens=world.max_new_tokens, generator=rng)
-        mine += [(p, tuple(y)) for p, y in zip(some, drawn)]
+        sampled = generate(model, [world.prompts[p] for p in some], end_token=world.end_token,
+                           max_new_tokens=world.max_new_tokens, generator=rng)
+        mine += [(p, tuple(y)) for p, y in zip(some, sampled)]
+        if time.time() - began > 5:
+            began = time.time()
+            print(f"iteration {t + 1}  sampled {first + len(some):,} of {len(prompt_of):,} "
+                  f"responses", flush=True)
     counts = [Counter() for _ in world.prompts]
-    for p, y in (pair for part in gather(mine) for pair in part):
-        counts[p][y] += 1
+    for part in gather(mine):
+        for p, y in part:
+            counts[p][y] += 1
     return counts
+
+
+def show_responses(policy, run, count=5):
+    """Print a few fresh responses to the prompts shown in the figures."""
+    world, prompts = run.world, run.world.shown()
+    rng = torch.Generator(policy.head_weight.device).manual_seed(run.config.seed)
+    drawn = generate(policy, [world.prompts[p] for p in prompts for _ in range(count)],
+                     max_new_tokens=world.max_new_tokens, end_token=world.end_token, generator=rng)
+    texts = [world.encoding.decode([k for k in y if k != world.end_token]) for y in drawn]
+    print_responses([world.rows[p]["prompt"] for p in prompts],
+                    [texts[i:i + count] for i in range(0, len(texts), count)])
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -254,9 +297,8 @@ def sample_responses(model, world, config, t, chunk=4096) -> list[Counter]:
 def main(config: Config) -> None:
     """Algorithm 1 of the paper, after SFT. Raises InputError before anything is trained."""
     world, device = prepare(config)
-    with Run(config, world) as run:
-        player = (new_player(world, config) if run.stage == 0 else run.policy(run.stage - 1))
-        player = player.to(device)
+    with Run(config, world, device) as run:
+        player = run.policy(run.stage - 1) if run.stage else new_player(world, config).to(device)
         print_start(player, run)
 
         if run.stage == 0:
@@ -270,32 +312,79 @@ def main(config: Config) -> None:
 
 def prepare(config):
     """Check everything that can be wrong before anything is trained. Returns (World, device)."""
-    check_limits(config)
-    if config.n_embd % config.n_head:
-        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
-                         f"{config.n_head}, so that every head gets an equal share")
-    if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
+    check_flags(config)
     torch.set_num_threads(config.threads)
     device = start(config.device)
     encoding = load_encoding(config.encoding)
     try:
-        world = World(read_world(config.data), encoding, config.sft_samples, config.seed,
-                      config.block_size)
+        rows = read_world(config.data)
+        if config.heldout:
+            rows = hold_out(rows, config.heldout, config.seed)
+        world = World(rows, encoding, config.sft_samples, config.seed, config.block_size)
     except InputError as error:
         raise InputError(f"--data {error}") from None
     prompts = min(prompts_a_step(config), len(world.splits["train"]))
     if prompts < ranks():
         raise InputError(f"torchrun started {ranks()} processes, and a step has {prompts} prompts "
                          f"to share; start fewer, or raise --batch-size")
+    print_idle_flags(config, world)
     return world, device
+
+
+def check_flags(config):
+    """Raise InputError for flags that are out of range or contradict each other."""
+    check_limits(config)
+    if config.n_embd % config.n_head:
+        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
+                         f"{config.n_head}, so that every head gets an equal share")
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
+    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + config.block_size)
+    needed = 5 * 4 * parameters  # weights, gradients, Adam's two averages, the mean of the weights
+    if needed > memory_of_this_machine():
+        raise InputError(f"--n-embd {config.n_embd}: {parameters:.1e} parameters need "
+                         f"{needed / 2**30:,.0f} GiB to train, more than this machine has")
+
+
+def memory_of_this_machine() -> float:
+    """Bytes, or ∞ where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def print_idle_flags(config, world):
+    """Name the flags that have no effect in this combination, so that nobody waits for one."""
+    idle = {}
+    if config.method == "sft":
+        names = ("lam", "loss", "mu", "anchor", "anchor_weight", "opponent", "history")
+        idle |= dict.fromkeys(names, "--method sft")
+    else:
+        r, s = torch.tensor(0.3), torch.tensor(-0.2)
+        loss = LOSSES[config.loss]
+        if loss(r, s, config.lam, 2 * config.mu) == loss(r, s, config.lam, config.mu):
+            idle["mu"] = f"--loss {config.loss}"
+        if loss(r, s, 2 * config.lam, config.mu) == loss(r, s, config.lam, config.mu):
+            idle["lam"] = f"--loss {config.loss}"
+        if config.anchor == "none":
+            idle["anchor_weight"] = "--anchor none"
+    if world.empirical:
+        idle["sft_samples"] = "plain pairs, which are the SFT set"
+    for field in fields(config):
+        if field.name in idle and getattr(config, field.name) != field.default:
+            print(f"{flag_of(field.name)} has no effect with {idle[field.name]}")
+    if "heldout" not in world.splits:
+        print("no prompts are held out; --heldout 0.1 would hold out a tenth of them")
 
 
 def new_player(world, config) -> GPT:
     """A GPT with fresh weights."""
     torch.manual_seed(config.seed)
-    return GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer, config.n_head,
-                         config.n_embd))
+    player = GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer,
+                           config.n_head, config.n_embd))
+    player.block_dtype = getattr(torch, config.precision)
+    return player
 
 
 if __name__ == "__main__":

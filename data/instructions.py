@@ -3,7 +3,7 @@
 One row of `world.jsonl` is one prompt x with every answer y it may get and p_data(y|x):
     {"family": "die", "prompt": "Roll a die with 2 sides.", "responses": {"1": 0.5, "2": 0.5},
      "split": "train"}
-Reading order: the six families → `build_world`. (`reader.py` reads this file, or yours.)
+Reading order: the six families → `build_world`. (`world.py` reads this file, or yours.)
 `python data/instructions.py` rewrites world.jsonl, byte for byte.
 """
 import json
@@ -98,5 +98,6 @@ def build_world() -> list[dict]:
 
 
 if __name__ == "__main__":
-    WORLD.write_text("".join(json.dumps(row) + "\n" for row in build_world()))
+    lines = "".join(json.dumps(row) + "\n" for row in build_world())
+    WORLD.write_text(lines, "utf-8", newline="\n")
     print(f"wrote {WORLD.name}: {len(build_world())} prompts")

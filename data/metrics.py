@@ -22,7 +22,8 @@ def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
     `responses` hold the samples of p_{t−1}, the opponent that the policy was trained against.
     """
     player_N = all_logps(policy, responses.trees, config.logprob)
-    figure_P = exact_figures(player_N, responses) | loss_figures(player_N, responses, config, t)
+    figure_P = exact_figures(player_N, responses) | loss_figures(player_N, responses, world, config, t)
+    length_P = sum_P(responses, responses.data_N * responses.trees.length_N)
     found = {}
     for split, prompts in world.splits.items():
         families = {}
@@ -31,6 +32,7 @@ def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
         found[split] = {name: None if x_P is None else float(x_P[prompts].mean())
                         for name, x_P in figure_P.items()}
         found[split]["families"] = {name: sum(kls) / len(kls) for name, kls in families.items()}
+        found[split]["nll_per_token"] = found[split]["nll"] / float(length_P[prompts].mean())
     found["train"]["shown"] = [shown(player_N, responses, world, p) for p in world.shown()]
     return found
 
@@ -46,12 +48,14 @@ def exact_figures(player_N, responses) -> dict:
     log_data_N = np.log(np.where(right_N, responses.data_N, 1))
     off_P = 1 - sum_P(responses, np.where(right_N, p_N, 0))
     apart_N = np.where(right_N, np.abs(responses.data_N - p_N), 0)
-    return {"kl": sum_P(responses, responses.data_N * (log_data_N - player_N)),
+    logp_P = sum_P(responses, responses.data_N * player_N)
+    return {"kl": sum_P(responses, responses.data_N * log_data_N) - logp_P,
             "tv": (sum_P(responses, apart_N) + off_P) / 2, "off_support": off_P,
-            "logp_real": sum_P(responses, responses.data_N * player_N)}
+            "sampled_wrong": sum_P(responses, np.where(right_N, 0, p_N)),
+            "logp_real": logp_P, "nll": -logp_P}
 
 
-def loss_figures(player_N, responses, config, t) -> dict:
+def loss_figures(player_N, responses, world, config, t) -> dict:
     """The method's own loss, what the theory says of it, and the log-probs behind it, [P] each.
 
     The loss is exact over y ~ p_data, and a mean over the opponent's samples for y'.
@@ -61,7 +65,7 @@ def loss_figures(player_N, responses, config, t) -> dict:
     if t == 0 or config.method == "sft":
         entropy_N = -responses.data_N * np.log(np.where(responses.data_N > 0, responses.data_N, 1))
         figure_P["loss"] = -sum_P(responses, responses.data_N * player_N)
-        figure_P["loss_floor"] = sum_P(responses, entropy_N)
+        figure_P["loss_floor"] = None if world.empirical else sum_P(responses, entropy_N)
     if t == 0:
         return figure_P
     ratio_N = player_N - responses.opponent_N
@@ -70,7 +74,7 @@ def loss_figures(player_N, responses, config, t) -> dict:
         responses, (responses.data_N - responses.generated_N) * ratio_N)
     if config.method == "spin":
         figure_P["loss"] = pair_loss(ratio_N, responses, config, "data_N")
-        if not config.history and config.anchor != "sft":
+        if not (world.empirical or config.history or config.anchor == "sft"):
             figure_P |= theory(player_N, responses, config)
     if config.method == "dpo":
         figure_P["loss"] = pair_loss(ratio_N, responses, config, "generated_N", ranked=True)
@@ -168,4 +172,10 @@ def theorem_lam(loss, lam, mu=1.0):
 def shown(player_N, responses, world, p) -> list[float]:
     """p_θ of each response that p_data gives prompt p, in the order of the data file."""
     first, row = responses.trees.first_row[p], responses.trees.responses[p].index
-    return [math.exp(player_N[first + row(y)]) for y in world.data[p]]
+    return [math.exp(player_N[first + row(y)]) for y in likeliest(world.data[p])]
+
+
+def likeliest(probabilities, most=8) -> dict:
+    """The likeliest of some responses, as many as a picture has room for, in the same order."""
+    least = sorted(probabilities, key=probabilities.get, reverse=True)[:most]
+    return {y: p for y, p in probabilities.items() if y in least}

@@ -93,6 +93,7 @@ class PrefixTrees:
         self.first_edge = first(len(tree["parent"]) for tree in trees)
         self.first_step = first(len(tree["row"]) for tree in trees)
         self.first_row = first(len(some) for some in self.responses)
+        self.length_N = np.array([len(y) for some in self.responses for y in some])
 
     def batch(self, prompts, device="cpu") -> "TreeBatch":
         """The trees of some prompts side by side, as tensors; prompt prompts[i] becomes prompt i."""
@@ -117,7 +118,8 @@ class PrefixTrees:
             target_E=self.columns["target"][edge_E],
             edge_L=self.columns["edge"][step_L] + np.repeat(before(edges_P), steps_P),
             row_L=self.columns["row"][step_L] + np.repeat(before(rows_P), steps_P))
-        return TreeBatch(**{name: to_device(x, device) for name, x in columns.items()}, N=len(row_N))
+        return TreeBatch(**{name: to_device(x, device) for name, x in columns.items()}, N=len(row_N),
+                         longest=int(columns["position_M"].max()) + 1)
 
 
 def rows_of(first, prompts):
@@ -173,6 +175,7 @@ class TreeBatch:
     edge_L: torch.Tensor  # the edges of all paths, one after another
     row_L: torch.Tensor  # … and the response that each is a step of
     N: int  # how many responses there are
+    longest: int  # positions that the deepest node needs
 
 
 class TreeCache(KVCache):
@@ -182,6 +185,9 @@ class TreeCache(KVCache):
         self.batch, self.shape_RT = batch, batch.end_RT.shape
 
     def place(self, tokens_M, block_size):
+        if self.batch.longest > block_size:
+            raise ValueError(f"{self.batch.longest} tokens do not fit the model's block_size of "
+                             f"{block_size}")
         order_1T = torch.arange(self.shape_RT[1], device=tokens_M.device)[None]
         in_subtree_RTT = order_1T[:, :, None] < self.batch.end_RT[:, None, :]
         self.visible_BTC = causal_mask(order_1T, order_1T) & in_subtree_RTT

@@ -2,27 +2,32 @@
 
 A rank file has one token a line, base64 then rank. Ranks 0-255 are the single bytes, so any text
 encodes; each later token is two earlier ones joined, and the lower rank is merged first.
-Reading order: `train_bpe` → rank files → `load_encoding` → `frame`, how x and y become tokens.
+Reading order: `train_bpe` → rank files → `build_encoding` → `load_encoding` → `frame`, how x and y
+become tokens.
 `python data/tokenizer.py` rewrites toy.tiktoken, byte for byte.
 """
 import base64
 import binascii
-import re
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
+import regex  # the module with which tiktoken's own Python code reads a pattern
 import tiktoken
 
 try:
     from data.errors import InputError, nearest
+    from data.foreign import read_text
 except ModuleNotFoundError:  # run as a script, from this folder
     from errors import InputError, nearest
+    from foreign import read_text
 
 RANK_FILE = Path(__file__).parent / "toy.tiktoken"
 VOCAB_SIZE = 510  # with the two special tokens: 512, a round number for the matrix of logits
-# Merges never cross these chunks: a word with its space, one digit (so that 35% is "3", "5" and a
-# network can learn place value), punctuation, one white space. Python and tiktoken read it alike.
-PATTERN = r" ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s"
+# Merges never cross these chunks: a word with its space and its combining marks (as Hindi and
+# Arabic have), one digit (so that 35% is "3", "5" and a network can learn place value),
+# punctuation, one white space. `regex` and tiktoken cut every text alike; Python's `re` would not.
+PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s"
 ANSWER, END = "<|answer|>", "<|end|>"  # after the prompt; after the response
 
 
@@ -33,7 +38,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     [b'ab', b'abab']
     """
     ranks = {bytes([i]): i for i in range(256)}
-    chunks = Counter(chunk for text in texts for chunk in re.findall(PATTERN, text))
+    chunks = Counter(chunk for text in texts for chunk in regex.findall(PATTERN, text))
     words = [([bytes([b]) for b in chunk.encode()], count) for chunk, count in chunks.items()]
     while len(ranks) < vocab_size:
         pairs = Counter()
@@ -65,44 +70,91 @@ def parse_ranks(text: str, name: str) -> dict[bytes, int]:
     Subtle: tiktoken.load.load_tiktoken_bpe would cache a local file under a hash of its *path*,
     and go on serving the old tokens after the file has changed. Hence this parser.
     """
-    ranks = {}
+    ranks, line_of = {}, {}
     for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            if not (rank.isascii() and rank.isdigit()):
+                raise ValueError
+            token, rank = base64.b64decode(token, validate=True), int(rank)
         except (ValueError, binascii.Error):
             raise InputError(f"{name}:{number}: expected a base64 token and a rank") from None
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise InputError(f"{name}: ranks must be 0, 1, 2, … each once")
+        if token in ranks or rank in line_of:
+            what = f"rank {rank}" if rank in line_of else f"the token {token!r}"
+            before = line_of[rank if rank in line_of else ranks[token]]
+            raise InputError(f"{name}:{number}: {what} is on line {before} already; ranks must be "
+                             f"0, 1, 2, … each once, for tokens that differ")
+        ranks[token], line_of[rank] = rank, number
     if not all(bytes([i]) in ranks for i in range(256)):
         raise InputError(f"{name}: not all 256 single bytes are there, so some text cannot encode")
     return ranks
 
 
+# Letters, marks, digits, signs and white space of many kinds: a pattern must cut up all of them.
+PROBE = "Ab cd_e 12½ e\u0301 \u0915\u093f\u200d \u0e44\u0e17\u0e22 \u4e2d, \t\r\n  \x00\x85😀?!"
+
+
 def build_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.Encoding:
-    """An Encoding whose two last tokens are ANSWER and END."""
-    n = max(ranks.values()) + 1
-    return tiktoken.Encoding("spin", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={ANSWER: n, END: n + 1})
+    """An Encoding whose two last tokens are ANSWER and END.
+
+    Byte-pair encoding uses the order of the ranks alone, so the tokens are numbered 0, 1, 2, … in
+    that order: a hole in the ranks, as p50k_base has, would be a token that cannot be decoded.
+    Raises ValueError if tiktoken cannot work with the ranks or the pattern.
+    """
+    ranks = {token: i for i, token in enumerate(sorted(ranks, key=ranks.get))}
+    specials = {ANSWER: len(ranks), END: len(ranks) + 1}
+    taken = [name for name in specials if name.encode() in ranks]
+    if taken:
+        raise ValueError(f"{taken[0]} is among the tokens already, and text would be read as it")
+    try:
+        pieces = [match.group() for match in regex.finditer(pattern, PROBE)]
+    except regex.error as error:
+        raise ValueError(f"the pattern {pattern[:60]!r} is not one ({error})") from None
+    if "" in pieces or "".join(pieces) != PROBE:
+        raise ValueError(f"the pattern {pattern[:60]!r} loses some characters of a text")
+    with no_panic("tiktoken cannot use its ranks and its pattern"):
+        return tiktoken.Encoding("spin", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=specials)
+
+
+@contextmanager
+def no_panic(what):
+    """Turn a panic of tiktoken's Rust code, which is no Exception, into an InputError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({error})") from None
 
 
 def load_encoding(source: str = str(RANK_FILE)) -> tiktoken.Encoding:
     """A rank file, or the name of a tiktoken encoding (gpt2, …), with ANSWER and END added."""
-    names = tiktoken.list_encoding_names()
+    names, name = tiktoken.list_encoding_names(), f"--encoding {source}"
     try:
         if Path(source).is_file():
-            text = Path(source).read_bytes().decode("utf-8")
-            return build_encoding(parse_ranks(text, f"--encoding {source}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--encoding {source}: cannot be read ({error})") from None
-    if source not in names:
-        raise InputError(f"--encoding {source}: neither a rank file nor one of tiktoken's "
-                         f"encodings ({', '.join(names)}){nearest(source, names)}")
+            return build_encoding(parse_ranks(read_text(source, name), name))
+        if source not in names:
+            raise InputError(f"{name}: neither a rank file nor one of tiktoken's encodings "
+                             f"({', '.join(names)}){nearest(source, names)}")
+        base = fetch(source, name)
+        return build_encoding(base._mergeable_ranks, base._pat_str)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error})") from None
+    except ValueError as error:
+        raise InputError(f"{name}: cannot be used: {error}") from None
+
+
+def fetch(source, name) -> tiktoken.Encoding:
+    """One of tiktoken's own encodings, which it downloads once."""
     try:
-        base = tiktoken.get_encoding(source)
+        return tiktoken.get_encoding(source)
     except Exception as error:  # tiktoken raises whatever the network library does
-        raise InputError(f"--encoding {source}: tiktoken could not fetch it ({error})") from None
-    return build_encoding(base._mergeable_ranks, base._pat_str)
+        raise InputError(f"{name}: tiktoken could not fetch it ({error})") from None
 
 
 def frame(encoding: tiktoken.Encoding, prompt: str, response: str) -> tuple[list[int], list[int]]:
@@ -111,13 +163,14 @@ def frame(encoding: tiktoken.Encoding, prompt: str, response: str) -> tuple[list
     `encode_ordinary` reads "<|end|>" in a text as seven plain characters, never as the token.
     """
     specials = encoding._special_tokens
-    return (encoding.encode_ordinary(prompt) + [specials[ANSWER]],
-            encoding.encode_ordinary(response) + [specials[END]])
+    with no_panic(f"tiktoken cannot split a text of {max(len(prompt), len(response))} characters"):
+        return (encoding.encode_ordinary(prompt) + [specials[ANSWER]],
+                encoding.encode_ordinary(response) + [specials[END]])
 
 
 if __name__ == "__main__":
     from instructions import build_world
     world = build_world()
     texts = [text for row in world for text in (row["prompt"], *row["responses"])]
-    RANK_FILE.write_text(dump_ranks(train_bpe(texts, VOCAB_SIZE)))
+    RANK_FILE.write_text(dump_ranks(train_bpe(texts, VOCAB_SIZE)), "ascii", newline="\n")
     print(f"wrote {RANK_FILE.name}: {VOCAB_SIZE} tokens")

@@ -25,6 +25,7 @@ import tiktoken
 import torch
 
 from data.errors import InputError
+from data.metrics import likeliest
 from data.run.figures import draw_convergence, draw_gif
 from data.run.options import flag_of
 from data.run.parallel import gather, on_process_0
@@ -111,7 +112,8 @@ def load_policy(path):
         if not all(type(size) is int and size > 0 for size in vars(config).values()):
             raise ValueError("its sizes are not numbers")
         if (config.vocab_size, config.n_embd) != tuple(weights["wte.weight"].shape) or (
-                config.block_size != len(weights["wpe.weight"]) or config.n_layer > len(weights)):
+                config.block_size != len(weights["wpe.weight"]) or config.n_layer > len(weights)
+                or config.n_embd % config.n_head):
             raise ValueError("its sizes and its weights disagree")  # forged, they fill memory
         if not all(bool(weight.isfinite().all()) for weight in weights.values()):
             raise ValueError("its weights are not finite")
@@ -120,7 +122,10 @@ def load_policy(path):
             raise ValueError("its tokenizer and its weights disagree")
         model = GPT(config)
         model.load_state_dict(weights)
-        return model, encoding, {x: dict(y) for x, y in json.loads(saved["world"]).items()}
+        world = {x: {y: float(p) for y, p in responses.items()}
+                 for x, responses in json.loads(saved["world"]).items()}
+        encoding.encode_ordinary("".join(world))  # a forged pattern panics here, or never
+        return model, encoding, world
 
 
 # --- one run -------------------------------------------------------------------------------------
@@ -142,13 +147,23 @@ class Run:
 
     run.stage is the index t of the policy p_t that is being made: 0 during SFT.
     """
-    def __init__(self, config, world):
-        self.config, self.world, self.out = config, world, Path(config.out)
+    def __init__(self, config, world, device="cpu"):
+        self.config, self.world, self.out, self.device = config, world, Path(config.out), device
         self.latest, self.metrics = self.out / "latest.pt", self.out / "metrics.jsonl"
         self.settings, self.lock, self.began = settings(config, world), None, time.time()
-        self.shown = [world.rows[p] for p in world.shown()]
+        self.shown = [world.rows[p] | {"responses": likeliest(world.rows[p]["responses"])}
+                      for p in world.shown()]
 
     def __enter__(self):
+        try:
+            self.begin()
+        except BaseException:  # a notebook keeps the traceback, which would keep the lock
+            self.__exit__(None)
+            raise
+        return self
+
+    def begin(self):
+        """Open the folder, or raise InputError; then all processes read the same state."""
         if len(set(map(json.dumps, gather(self.settings)))) > 1:
             raise InputError("the processes that torchrun started differ in flags or data: give "
                              "all of them the same")
@@ -158,9 +173,9 @@ class Run:
             raise InputError(f"--out {self.out}: not the same folder for all processes that "
                              f"torchrun started; name one that all of them share")
         self.state = load(self.latest)
-        self.rows = [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
+        with guarded(self.metrics):
+            self.rows = [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
         self.stage, self.began = self.state["stage"], self.began - self.state["seconds"]
-        return self
 
     def __exit__(self, kind, *_):
         if self.lock:
@@ -172,12 +187,12 @@ class Run:
         """Process 0 checks the folder and prepares it. Returns the digest of latest.pt."""
         old, new = owned_files(self.out), files_of(self.config.iters)
         if self.config.resume and not self.latest.is_file():
-            raise InputError(f"--resume: there is no latest.pt in {self.out}; start without "
-                             f"--resume")
-        if not self.config.resume and not self.config.overwrite and old:
+            how = "with --overwrite" if "config.json" in old else "without --resume"
+            raise InputError(f"--resume: there is no latest.pt in {self.out}; start {how}")
+        if not self.config.resume and not self.config.overwrite and "config.json" in old:
             raise InputError(f"--out {self.out}: holds a run already; --resume it, --overwrite "
                              f"it, or name another folder")
-        foreign = [name for name in new if name not in old and (self.out / name).exists()]
+        foreign = [name for name in new if name not in old and os.path.lexists(self.out / name)]
         if foreign:
             raise InputError(f"--out {self.out}: {foreign[0]} is there already, and no run of "
                              f"train.py wrote it; name another folder")
@@ -204,7 +219,7 @@ class Run:
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "tiktoken": tiktoken.__version__}
         whole = asdict(self.config) | {"versions": versions, "shown": self.shown,
-                                       "files": list(dict.fromkeys([*old, *new]))}
+                                       "files": [*new, *old] if self.config.resume else new}
         write(self.out / "config.json", json.dumps(whole, indent=2).encode())
         write(self.metrics, b"".join(rows))
         save(self.latest, state | {"settings": self.settings, "rows": len(rows)})
@@ -223,6 +238,10 @@ class Run:
                 raise InputError(f"{flag_of(name)} {getattr(self.config, name)}: the run in "
                                  f"{self.out} was started with {of_file}; resume with the same, "
                                  f"or name another --out")
+        with guarded(self.latest):
+            for name, kind in {"stage": int, "step": int, "rows": int, "seconds": float}.items():
+                if type(state[name]) is not kind or state[name] < 0:
+                    raise ValueError(f"{name} is {state[name]!r}")
         return state
 
     def unfinished(self, iterations):
@@ -230,23 +249,28 @@ class Run:
         return [t for t in iterations if t + 1 >= self.stage]
 
     def policy(self, t):
-        """The policy p_t, as iteration_t.pt holds it."""
-        return load_policy(self.out / f"iteration_{t}.pt")[0]
+        """The policy p_t, as iteration_t.pt holds it; on the run's device, in its precision."""
+        policy = load_policy(self.out / f"iteration_{t}.pt")[0].to(self.device)
+        policy.block_dtype = getattr(torch, self.config.precision)
+        return policy
 
     def restore(self, learner, steps) -> int:
         """Give the learner its saved state, if there is one. Returns how many steps are done."""
         step, saved = self.state.get("step", 0), self.state.get("learner")
         self.state = {}  # the stages after this one start afresh
         self.stage_began, self.first_step = time.time(), step
-        if saved:
+        if saved or step:
             with guarded(self.latest):
                 if not 0 < step < steps:
                     raise ValueError(f"step {step} of {steps}")
                 for name, part in learner.items():
                     part.load_state_dict(saved[name])
+                for name in ("player", "averaged"):
+                    if not all(bool(p.isfinite().all()) for p in learner[name].parameters()):
+                        raise ValueError("its weights are not finite")
         return step
 
-    def report(self, step, steps, found, learner, policy):
+    def report(self, step, steps, found, learner, policy, weights):
         """Append rows, print and save. The last report of a stage also saves the policy."""
         finished = step == steps
         rows = [{"event": event, "method": self.config.method, "iteration": self.stage,
@@ -256,7 +280,8 @@ class Run:
                 for split, numbers in found.items()]
         self.rows += rows
         pace = (time.time() - self.stage_began) / (step - self.first_step)
-        print_progress(self.stage, step, steps, found["train"], pace * (steps - step))
+        print_progress(self.stage, step, steps, found, weights, pace * (steps - step),
+                       self.world.empirical)
         if finished:
             state = {"stage": self.stage + 1, "step": 0}
         else:
@@ -270,15 +295,16 @@ class Run:
         append(self.metrics, rows)
         if policy is not None:
             save_policy(self.out / f"iteration_{self.stage}.pt", policy, self.world)
-            write(self.out / "convergence.png", draw_convergence(self.rows, self.shown))
+            picture = draw_convergence(self.rows, self.shown, self.world.empirical)
+            write(self.out / "convergence.png", picture)
         save(self.latest, state | {"settings": self.settings, "rows": len(self.rows),
                                    "seconds": time.time() - self.began})
 
     def close(self):
         """Draw the moving picture and print the closing table."""
-        seconds = time.time() - self.began
-        on_process_0(lambda: write(self.out / "convergence.gif", draw_gif(self.rows, self.shown)))
-        print_closing_table(self.rows, self.out, seconds)
+        on_process_0(lambda: write(self.out / "convergence.gif", draw_gif(
+            self.rows, self.shown, self.world.empirical)))
+        print_closing_table(self.rows, self.out, time.time() - self.began, self.world.empirical)
 
 
 def append(path, rows):
@@ -304,9 +330,10 @@ def owned_files(out) -> list[str]:
     """The names that an earlier run says are its own, in config.json; none if there is no run."""
     try:
         names = json.loads((out / "config.json").read_text("utf-8"))["files"]
-        return [name for name in names if name in files_of(10_000)]
+        return sorted(set(names).intersection(files_of(10_000)))
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        began = (out / "lock").is_file() and not (out / "lock").stat().st_size
+        return ["lock", "tmp.config.json"] if began else []  # killed before config.json was whole
 
 
 def lock(file, out):

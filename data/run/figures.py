@@ -1,18 +1,27 @@
 """The pictures of a run, drawn from the rows of metrics.jsonl: any run can be drawn again.
 
-Reading order: the four panels → `draw_convergence` → `draw_gif`, in which panel (d) moves.
-Both return the file's bytes. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+    (a) distance from p_data        (b) the loss and its floor      (c) where the probability is
+    (d) p_data beside p_0, p_1, … for four prompts; in convergence.gif these bars move
+
+Where the data are plain pairs, p_data is not known, and (a) shows the negative log-likelihood
+instead; (c) shows log-probabilities and (d) is left out.
+
+Reading order: the panels, (a) to (d) → `draw_convergence` → `draw_gif`. Both return the file's bytes.
+Colours are Okabe and Ito's, which colour-blind readers tell apart.
 """
+import functools
 import io
 import math
 import tempfile
 from pathlib import Path
 
 import matplotlib
-matplotlib.use("Agg")  # files only: no screen is needed
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.animation import PillowWriter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ft2font import FT2Font
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00".split()
 SHADES = [SKY, ORANGE, GREEN, RED, BLUE]
@@ -20,6 +29,7 @@ LARGE = {"font.size": 14, "legend.fontsize": 12, "axes.titlesize": 15, "lines.li
 
 
 def pick(rows, event, split="train") -> list[dict]:
+    """The rows of one kind, in order."""
     return [row for row in rows if row["event"] == event and row["split"] == split]
 
 
@@ -29,43 +39,71 @@ def place(row, rows) -> float:
     return row["iteration"] - 1 + row["step"] / last
 
 
-def draw_kl(ax, rows):
-    """(a) KL at each iteration, measured and predicted."""
+def draw_kl(ax, rows, empirical):
+    """(a) KL at each iteration, measured and predicted; or the negative log-likelihood."""
+    key = "nll" if empirical else "kl"
     for split, colour, mark, label in (("train", BLUE, "o-", "train prompts"),
                                        ("heldout", ORANGE, "s--", "held-out prompts")):
         some = pick(rows, "iteration", split)
         if some:
-            ax.plot([r["iteration"] for r in some], [r["kl"] for r in some], mark, color=colour,
+            ax.plot([r["iteration"] for r in some], [r[key] for r in some], mark, color=colour,
                     label=label)
+            last = some[-1]
+            ax.annotate(f"{last[key]:.3f}", (last["iteration"], last[key]), color=colour,
+                        xytext=(7, 0), textcoords="offset points", va="center", fontsize=12)
     some = [r for r in pick(rows, "iteration") if r["predicted_kl"]]
-    ax.plot([r["iteration"] for r in some], [r["predicted_kl"] for r in some], "^:", color=GREEN,
-            label="Theorem 5.4 predicts")
-    ax.set(yscale="log", xlabel="iteration (0 is SFT)", ylabel="KL(p_data‖p_θ), nats",
-           title="(a) distance from p_data")
+    if some:
+        ax.plot([r["iteration"] for r in some], [r["predicted_kl"] for r in some], "^:",
+                color=GREEN, label="Theorem 5.4 predicts")
+    first, last = pick(rows, "iteration")[0][key], pick(rows, "iteration")[-1][key]
+    name = "−log p of a real response" if empirical else "KL(p_data‖p_θ)"
+    ax.set(xlabel="iteration (0 is SFT)", ylabel=f"{name}, nats",
+           title=f"(a) {'NLL' if empirical else 'KL'}, train: {first:.3g} → {last:.3g}")
+    if not empirical:
+        ax.set_yscale("log")
+    ax.margins(x=0.18)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
 
 
 def draw_loss(ax, rows):
-    """(b) the loss of self-play beside the least value it can have."""
+    """(b) the loss of each iteration beside the least value that it can have."""
     rows = [r for r in pick(rows, "step") if r["iteration"]]
     for t in sorted({r["iteration"] for r in rows}):
         part = [r for r in rows if r["iteration"] == t]
         floor = part[0]["loss_floor"]
-        start = math.nan if floor is None else math.log(2)
-        ax.plot([t - 1, *(place(r, rows) for r in part)], [start, *(r["loss"] for r in part)],
-                ".-", color=BLUE, label="loss" if t == 1 else None)
+        label = "loss (raw weights, then averaged)" if t == rows[0]["iteration"] else None
+        ax.plot([place(r, rows) for r in part], [r["loss"] for r in part], ".-", color=BLUE,
+                label=label)
         if floor is not None:
-            ax.hlines(floor, t - 1, t, color=GREEN, lw=3,
-                      label="its floor, log 2 − JSD" if t == 1 else None)
-    ax.axhline(math.log(2), color=BLACK, ls=":", label="log 2: player = opponent")
-    ax.set(xlabel="iteration", ylabel="loss, nats", title="(b) the loss and its floor",
-           xticks=range(rows[-1]["iteration"] + 1))
-    ax.legend()
+            ax.hlines(floor, t - 1, t, color=GREEN, lw=3, label=label and "the least it can be")
+    if rows[-1]["method"] != "sft":
+        ax.axhline(math.log(2), color=BLACK, ls=":", label="log 2")
+    title = "(b) the loss"
+    if rows[-1]["loss_floor"] is not None:
+        title = f"(b) loss ends {rows[-1]['loss'] - rows[-1]['loss_floor']:.3f} above its least"
+    ax.set(xlabel="iteration", ylabel="nats", title=title, xticks=ticks(rows))
+    ax.legend(loc="lower right")
+
+
+def draw_masses(ax, rows):
+    """(c) how much probability is on right responses, on sampled wrong ones, and elsewhere."""
+    rows = [r for r in pick(rows, "step") if r["iteration"]]
+    x = [place(r, rows) for r in rows]
+    right = [1 - r["off_support"] for r in rows]
+    sampled = [r["sampled_wrong"] for r in rows]
+    leaked = [max(0.0, 1 - a - b) for a, b in zip(right, sampled)]
+    ax.stackplot(x, right, sampled, leaked, colors=[BLUE, ORANGE, RED], labels=[
+        "right", "wrong, sampled by the opponent", "wrong, never sampled: leaked"])
+    for t in sorted({r["iteration"] for r in rows})[1:]:
+        ax.axvline(t - 1, color="white", lw=1.5)
+    ax.set(xlabel="iteration", ylabel="share of p_θ", ylim=(0, 1), xlim=(min(x), max(x)),
+           title=f"(c) wrong at the end: {rows[-1]['off_support']:.1%}", xticks=ticks(rows))
+    ax.legend(loc="lower right")
 
 
 def draw_logps(ax, rows):
-    """(c) the log-probs behind the loss: if both fall while the margin grows, mass leaks."""
+    """(c) for plain pairs: the log-probs behind the loss. If both fall, probability leaks."""
     rows = [r for r in pick(rows, "step") if r["iteration"]]
     x = [place(r, rows) for r in rows]
     for key, colour, mark, label in (
@@ -74,48 +112,84 @@ def draw_logps(ax, rows):
             ("margin", BLACK, "^:", "margin λ(r − s)")):
         ax.plot(x, [r[key] for r in rows], mark, color=colour, ms=4, label=label)
     ax.set(xlabel="iteration", ylabel="nats", title="(c) log-probabilities and margin",
-           xticks=range(rows[-1]["iteration"] + 1))
+           xticks=ticks(rows))
     ax.legend()
+
+
+def ticks(rows) -> range:
+    """Whole iterations, at most about ten of them."""
+    last = rows[-1]["iteration"]
+    return range(0, last + 1, 1 + last // 10)
 
 
 def draw_bars(ax, shown, series):
     """(d) p_data beside p_θ for one prompt. series: [(label, colour, probabilities)]."""
     names = [*shown["responses"], "(other)"]
     width = 0.8 / (len(series) + 1)
-    heights = [("p_data", BLACK, [*shown["responses"].values(), 0])]
-    heights += [(label, colour, [*p, max(0.0, 1 - sum(p))]) for label, colour, p in series]
-    for k, (label, colour, height) in enumerate(heights):
-        left = [i + (k - len(series) / 2) * width for i in range(len(names))]
-        ax.bar(left, height, width, color=colour, label=label)
-    ax.set_xticks(range(len(names)), [n if len(n) < 13 else n[:12] + "…" for n in names],
-                  rotation=25, ha="right", fontsize=12, parse_math=False)
+    series = [("p_data", BLACK, [*shown["responses"].values()]), *series]
+    for k, (label, colour, p) in enumerate(series):
+        left = [i + (k + 0.5 - len(series) / 2) * width for i in range(len(names))]
+        ax.bar(left, with_other(p), width, color=colour, label=label)
+    ax.set_xticks(range(len(names)), [legible(name, 13) for name in names], rotation=25,
+                  ha="right", fontsize=12, parse_math=False)
     held = "\n(held out)" if shown["split"] == "heldout" else "\n(a training prompt)"
-    ax.set(title=shown["prompt"] + held, ylim=(0, 1))
+    ax.set(title=legible(shown["prompt"], 34) + held, ylim=(0, 1))
     ax.title.set(fontsize=13, parse_math=False)  # a $ in a prompt is a dollar
 
 
-def draw_convergence(rows, shown) -> bytes:
+def with_other(p) -> list[float]:
+    """Probabilities and what is left for all other responses."""
+    return [*p, max(0.0, 1 - sum(p))]
+
+
+def legible(text, longest) -> str:
+    """A text that the figure's font can draw, cut to some characters."""
+    known = characters_of_the_font()
+    text = "".join(c if ord(c) in known else "□" for c in " ".join(text.split()))
+    return text if len(text) <= longest else text[:longest - 1] + "…"
+
+
+@functools.cache
+def characters_of_the_font() -> set[int]:
+    return set(FT2Font(findfont("DejaVu Sans")).get_charmap())
+
+
+def draw_convergence(rows, shown, empirical=False) -> bytes:
     """convergence.png, from the rows so far and the prompts shown in panel (d)."""
     done = pick(rows, "iteration")
-    with plt.rc_context(LARGE):
-        figure = plt.figure(figsize=(16, 10), layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=(1.1, 1))
-        axes = top.subplots(1, 3)
-        draw_kl(axes[0], rows)
+    with matplotlib.rc_context(LARGE):
+        figure = Figure(figsize=(16, 5.5 if empirical else 10))
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(1, 3, left=0.06, right=0.98, wspace=0.24, top=0.94,
+                                   bottom=0.13 if empirical else 0.57)
+        axes = [figure.add_subplot(grid[i]) for i in range(3)]
+        draw_kl(axes[0], rows, empirical)
         if len(done) > 1:
             draw_loss(axes[1], rows)
-            draw_logps(axes[2], rows)
-        panels = bottom.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for i, (ax, row) in enumerate(zip(panels, shown)):
-            draw_bars(ax, row, [(name(r["iteration"]), SHADES[r["iteration"] % len(SHADES)],
-                                 r["shown"][i]) for r in done])
-        panels[0].set_ylabel("(d) probability of a response")
-        bottom.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center",
-                      ncols=len(done) + 1)
+            (draw_logps if empirical else draw_masses)(axes[2], rows)
+        else:
+            for ax in axes[1:]:
+                ax.text(0.5, 0.5, "after the first iteration", ha="center", transform=ax.transAxes)
+        if not empirical:
+            draw_panel_d(figure, done, shown)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=80)
-        plt.close(figure)
     return picture.getvalue()
+
+
+def draw_panel_d(figure, done, shown):
+    """The row of bars below. Of many iterations the first, the last and some between."""
+    some = [done[i] for i in sorted({round(i) for i in np.linspace(0, len(done) - 1, 5)})]
+    grid = figure.add_gridspec(1, len(shown), left=0.06, right=0.98, wspace=0.08, top=0.40,
+                               bottom=0.09)
+    axes = [figure.add_subplot(grid[i]) for i in range(len(shown))]
+    for i, (ax, row) in enumerate(zip(axes, shown)):
+        draw_bars(ax, row, [(name(r["iteration"]), SHADES[k], r["shown"][i])
+                            for k, r in enumerate(some)])
+        ax.tick_params(labelleft=i == 0)
+    axes[0].set_ylabel("(d) probability")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center", ncols=len(some) + 1,
+                  bbox_to_anchor=(0.5, 0.485))
 
 
 def name(t: int) -> str:
@@ -123,14 +197,14 @@ def name(t: int) -> str:
     return f"p$_{{{t}}}$" + (" (SFT)" if t == 0 else "")
 
 
-def draw_gif(rows, shown) -> bytes:
-    """convergence.gif: the bars of panel (d), a frame for each report."""
+def draw_gif(rows, shown, empirical=False) -> bytes:
+    """convergence.gif, a frame for each report: the bars of panel (d), or the curve of panel (a)."""
     rows = pick(rows, "step")
-    figure, axes = plt.subplots(1, len(shown), figsize=(15, 4.2), dpi=60, sharey=True,
-                                squeeze=False)
-    for ax, row in zip(axes[0], shown):
-        draw_bars(ax, row, [("p_θ", BLUE, [0] * len(row["responses"]))])
-        ax.containers[1][-1].set_height(0)  # "(other)" too: the background has no blue
+    figure = Figure(figsize=(15, 4.2), dpi=60)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 1 if empirical else len(shown), sharey=True, squeeze=False)[0]
+    prepare, move = (prepare_curve, move_curve) if empirical else (prepare_bars, move_bars)
+    prepare(axes, rows, shown)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
     freeze_background(figure)
     writer = PillowWriter(fps=4)
@@ -138,19 +212,40 @@ def draw_gif(rows, shown) -> bytes:
         path = Path(folder) / "convergence.gif"
         with writer.saving(figure, path, figure.dpi):
             for row in [*rows, *[rows[-1]] * 5]:  # the last one stays a while
-                for ax, p in zip(axes[0], row["shown"]):
-                    for bar, height in zip(ax.containers[1], [*p, max(0.0, 1 - sum(p))]):
-                        bar.set_height(height)
+                move(axes, rows, row)
                 stage = f"iteration {row['iteration']}" if row["iteration"] else "SFT"
-                figure.suptitle(f"{stage}, step {row['step']}: KL(p_data‖p_θ) = {row['kl']:.3f} "
-                                f"nats (black: p_data, blue: p_θ)")
+                value = (f"−log p of a real response = {row['nll']:.2f} nats" if empirical else
+                         f"KL(p_data‖p_θ) = {row['kl']:.3f} nats (black: p_data, blue: p_θ)")
+                figure.suptitle(f"{stage}, step {row['step']}: {value}")
                 writer.grab_frame()
-        plt.close(figure)
         return path.read_bytes()
 
 
+def prepare_bars(axes, rows, shown):
+    for ax, row in zip(axes, shown):
+        draw_bars(ax, row, [("p_θ", BLUE, [0] * len(row["responses"]))])
+        ax.containers[1][-1].set_height(0)  # "(other)" too: the background has no blue
+
+
+def move_bars(axes, rows, row):
+    for ax, p in zip(axes, row["shown"]):
+        for bar, height in zip(ax.containers[1], with_other(p)):
+            bar.set_height(height)
+
+
+def prepare_curve(axes, rows, shown):
+    axes[0].plot([place(r, rows) for r in rows], [r["nll"] for r in rows], color=SKY)
+    axes[0].set(xlabel="iteration (SFT ends at 0)", ylabel="nats")
+
+
+def move_curve(axes, rows, row):
+    for line in axes[0].lines[1:]:
+        line.remove()
+    axes[0].plot([place(row, rows)], [row["nll"]], "o", color=BLUE, ms=10)
+
+
 def freeze_background(figure):
-    """Replace all that never moves by a picture of it: 40 frames in 1 s instead of 6 s."""
+    """Replace all that never moves by a picture of it: then a frame takes a sixth of the time."""
     figure.canvas.draw()
     figure.figimage(np.array(figure.canvas.buffer_rgba()), zorder=-1)
     for ax in figure.axes:

@@ -4,8 +4,11 @@ Reading order: `option` → `check_limits` → `parse_args` → `command`.
 """
 import argparse
 import math
+import os
 import sys
 from dataclasses import field, fields
+
+import torch
 
 from data.errors import InputError, nearest
 from data.run.parallel import leave
@@ -75,10 +78,20 @@ def command(name, work):
     status = 0
     try:
         work()
-    except (InputError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        status = 2
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         print(f"{name}: stopped{stop}", file=sys.stderr)  # a run adds how to go on
         status = 130
+    except (InputError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                "allocate memory" not in str(error)):
+            raise
+        print(f"{name}: not enough memory: lower --batch-size, --negatives or the model's size",
+              file=sys.stderr)
+        status = 2
     leave(status)

@@ -76,7 +76,7 @@ def on_process_0(work):
     if rank() == 0:
         try:
             result = work()
-        except InputError as caught:
+        except (InputError, OSError) as caught:
             error = caught
     result, failed = gather((result, error is not None))[0]
     if error:

@@ -22,37 +22,79 @@ def print_start(player, run):
         print(f"Going on in iteration {run.stage} after step {run.state['step']}.")
 
 
-def print_progress(t, step, steps, row, seconds_left):
-    """One report: the exact loss beside its floor, exact KL, time left in the stage."""
-    floor = "" if row["loss_floor"] is None else f" (floor {row['loss_floor']:.3f})"
-    print(f"{f'iteration {t}' if t else 'SFT':<12} step {step:4d}/{steps}  "
-          f"loss {row['loss']:.3f}{floor}  KL {row['kl']:.3f}  "
-          f"off-support {row['off_support']:6.1%}  {seconds_left:3.0f} s left", flush=True)
+def print_progress(t, step, steps, found, weights, seconds_left, empirical):
+    """One report of a stage: the policy's exact loss and distance, and the time left.
+
+    `weights` says whose figures these are: the raw weights', which the high learning rate tosses
+    about, or, in the later part of a stage, their average, which becomes p_t.
+    """
+    row, heldout = found["train"], found.get("heldout")
+    loss = f"loss {row['loss']:.3f}" if row["loss"] is not None else "loss –"
+    if row["loss_floor"] is not None:
+        loss += f" (least {row['loss_floor']:.3f})"
+    if empirical:
+        distance = f"−log p: {row['nll']:.2f}"
+        distance += f", held out {heldout['nll']:.2f}" if heldout else ""
+        distance += f"  margin {row['margin']:.2f}" if row["margin"] is not None else ""
+    else:
+        distance = f"KL {row['kl']:.3f}  off-support {row['off_support']:6.1%}"
+    print(f"{f'iteration {t}' if t else 'SFT':<12} step {step:4d}/{steps}  {loss}  {distance}  "
+          f"{weights:<8} {seconds_left:3.0f} s left", flush=True)
 
 
 def print_responses(prompts, responses):
     """A few fresh responses to each of the prompts shown."""
     for prompt, texts in zip(prompts, responses):
-        print(f"    {prompt:<34} {' | '.join(texts)}", flush=True)
+        texts = [short(text, 40) for text in texts]
+        print(f"    {short(prompt, 34):<34} {' | '.join(texts)}", flush=True)
 
 
-def print_closing_table(rows, out, seconds):
-    """The iteration rows of metrics.jsonl, as a table."""
+def short(text, longest) -> str:
+    """One printable line of at most so many characters."""
+    text = "".join(c if c.isprintable() else "□" for c in " ".join(text.split()))
+    return text if len(text) <= longest else text[:longest - 1] + "…"
+
+
+# Columns of the closing table: heading, split, key, format.
+EXACT = [("KL", "train", "kl", ".4f"), ("predicted", "train", "predicted_kl", ".4f"),
+         ("off-supp.", "train", "off_support", ".2%"), ("TV", "train", "tv", ".4f"),
+         ("held-out KL", "heldout", "kl", ".4f"), ("loss", "train", "loss", ".4f"),
+         ("least", "train", "loss_floor", ".4f")]
+EMPIRICAL = [("−log p", "train", "nll", ".3f"), ("per token", "train", "nll_per_token", ".4f"),
+             ("held out", "heldout", "nll", ".3f"),
+             ("per token", "heldout", "nll_per_token", ".4f"),
+             ("margin", "train", "margin", ".3f"), ("loss", "train", "loss", ".4f")]
+
+
+def print_closing_table(rows, out, seconds, empirical):
+    """The iteration rows of metrics.jsonl, as a table, and what one should not overlook."""
     rows = {(r["iteration"], r["split"]): r for r in rows if r["event"] == "iteration"}
-    print(f"\n{'iteration':>9}{'KL':>11}{'predicted':>11}{'off-supp.':>11}{'TV':>11}"
-          f"{'held-out KL':>13}{'loss':>11}{'floor':>11}")
-    for t, split in rows:
-        if split == "train":
-            row, heldout = rows[t, "train"], rows.get((t, "heldout"), {"kl": None})
-            print(f"{t:>9}" + cell(row["kl"], ".4f") + cell(row["predicted_kl"], ".4f")
-                  + cell(row["off_support"], ".2%") + cell(row["tv"], ".4f") + "  "
-                  + cell(heldout["kl"], ".4f") + cell(row["loss"], ".4f")
-                  + cell(row["loss_floor"], ".4f"))
-    print("KL(p_data‖p_θ), losses and floors in nats; iteration 0 is SFT, its floor the entropy of "
-          "p_data.")
+    columns = EMPIRICAL if empirical else EXACT
+    print(f"\n{'iteration':>9}" + "".join(f"{head:>13}" for head, *_ in columns))
+    for t in sorted({t for t, _ in rows}):
+        cells = [cell(rows.get((t, split), {}).get(key), form) for _, split, key, form in columns]
+        print(f"{t:>9}" + "".join(cells))
+    if empirical:
+        print("−log p of the real responses, summed over tokens, means over prompts, in nats; e to "
+              "the power of\n“per token” is the perplexity. What p_data is, plain pairs cannot say.")
+    else:
+        print("KL(p_data‖p_θ), losses and the least they can be in nats; iteration 0 is SFT, whose "
+              "loss cannot\nbe less than the entropy of p_data.")
+    print_turn(rows, "nll" if empirical else "kl")
     print(f"{out}/convergence.png and .gif drawn; {seconds:.0f} s in all")
+
+
+def print_turn(rows, key):
+    """Say so if held-out prompts, or train prompts, were nearer to the data at an earlier time."""
+    name = {"kl": "KL", "nll": "−log p"}[key]
+    for split, words in (("train", "Train"), ("heldout", "Held-out")):
+        values = {t: row[key] for (t, s), row in rows.items() if s == split}
+        if values and min(values.values()) < values[max(values)]:
+            best = min(values, key=values.get)
+            print(f"{words} prompts got worse after iteration {best}: {name} "
+                  f"{values[best]:.3f} → {values[max(values)]:.3f}.")
 
 
 def cell(value, form) -> str:
     """A number in its column, or a dash where there is none."""
-    return f"{'–' if value is None else format(value, form):>11}"
+    return f"{'–' if value is None else format(value, form):>13}"
