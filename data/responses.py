@@ -14,9 +14,9 @@ node 3, and 7 for node 4. In a plain text every subtree reaches to the end of th
 left is the causal mask, j ≤ i. A node's position is the number of its ancestors; log p(y|x) is the
 sum over the edges of y's path, END's among them.
 
-Reading order: `PrefixTrees` → `Batch` → `TreeCache` → `response_logps` → `Responses`.
-Dimensions: P prompts, M nodes, U nodes that score something, E edges, N responses (of all
-prompts), L steps of their paths, T nodes of the largest tree, B pairs, D width. Nats.
+Reading order: `grow`, one tree → `PrefixTrees` → `TreeCache` → `response_logps` → `Responses`.
+Dimensions: P prompts, K trees, M nodes, U nodes that score something, E edges, N responses (of all
+prompts), L steps of their paths, R rows of T places for attention, B pairs, D width. Nats.
 """
 import os
 from dataclasses import dataclass
@@ -26,6 +26,9 @@ import torch
 
 from model import KVCache, causal_mask
 from spin_loss import token_logps
+
+
+LARGE_TREE = 128  # nodes: beyond, a prompt's responses are cut into several trees
 
 
 def grow(prompt, responses) -> dict[str, list[int]]:
@@ -75,8 +78,45 @@ def subtree_ends(depth) -> list[int]:
     return end
 
 
+def runs(prompt, responses, most):
+    """Cut sorted responses into runs whose trees have at most `most` nodes, if need be.
+
+    Attention's cost grows with the square of a tree: long responses that share little are cheaper
+    in trees of their own, although their prompt is then read more than once.
+    """
+    run, size, previous = [], len(prompt), ()
+    for response in responses:
+        new = len(response) - len(os.path.commonprefix([previous, response]))
+        if run and size + new > most:
+            yield run
+            run, size, new = [], len(prompt), len(response)
+        run.append(response)
+        size, previous = size + new, response
+    yield run
+
+
+def grow_all(prompt, responses) -> dict[str, np.ndarray]:
+    """The tree of one prompt, or several if it would be large; `size` is the nodes of each.
+
+    `parent` counts the nodes that score something, over all trees of the prompt; so do `row` and
+    `edge`. `end` stays within its tree.
+    """
+    most = max(LARGE_TREE, len(prompt) + max(map(len, responses), default=0))
+    columns = {name: [] for name in ("token", "depth", "end", "parent", "target", "row", "edge")}
+    sizes, scored, rows = [], 0, 0
+    for run in runs(prompt, responses, most):
+        tree = grow(prompt, run)
+        shift = {"parent": scored - (len(prompt) - 1), "row": rows, "edge": len(columns["parent"])}
+        for name, column in columns.items():
+            column += [x + shift.get(name, 0) for x in tree[name]]
+        sizes.append(len(tree["token"]))
+        scored, rows = scored + sizes[-1] - (len(prompt) - 1), rows + len(run)
+    return {name: np.array(column, dtype=np.int64) for name, column in columns.items()} | {
+        "size": np.array(sizes)}
+
+
 class PrefixTrees:
-    """One tree for each prompt, as flat arrays on the host, prompt after prompt.
+    """The trees of all prompts, as flat arrays on the host, prompt after prompt.
 
     prompts[p] is a list of tokens, closed by ANSWER; responses[p] are distinct tuples of tokens,
     closed by END unless generation was cut short. `self.responses` has them sorted: that is the
@@ -84,42 +124,42 @@ class PrefixTrees:
     """
     def __init__(self, prompts, responses):
         self.responses = [sorted(some) for some in responses]
-        trees = [{name: np.array(column) for name, column in grow(prompt, some).items()}
-                 for prompt, some in zip(prompts, self.responses)]
+        trees = [grow_all(prompt, some) for prompt, some in zip(prompts, self.responses)]
         self.columns = {name: np.concatenate([tree[name] for tree in trees]) for name in trees[0]}
-        self.answer_P = np.array([len(prompt) - 1 for prompt in prompts])  # the first that scores
+        self.answer_P = np.array([len(prompt) - 1 for prompt in prompts])  # depth of the first node
+        self.length_N = np.array([len(y) for some in self.responses for y in some])  # that scores
         first = lambda counts: np.cumsum([0, *counts])  # prompt p has first[p] … first[p + 1] − 1
         self.first_node = first(len(tree["token"]) for tree in trees)
+        self.first_tree = first(len(tree["size"]) for tree in trees)
         self.first_edge = first(len(tree["parent"]) for tree in trees)
         self.first_step = first(len(tree["row"]) for tree in trees)
         self.first_row = first(len(some) for some in self.responses)
-        self.length_N = np.array([len(y) for some in self.responses for y in some])
 
     def batch(self, prompts, device="cpu") -> "TreeBatch":
-        """The trees of some prompts side by side, as tensors; prompt prompts[i] becomes prompt i."""
+        """The trees of some prompts side by side, as tensors; prompts[i] becomes prompt i."""
         prompts = np.asarray(prompts)
         node_M, nodes_P = rows_of(self.first_node, prompts)
+        tree_K, trees_P = rows_of(self.first_tree, prompts)
         edge_E, edges_P = rows_of(self.first_edge, prompts)
         step_L, steps_P = rows_of(self.first_step, prompts)
         row_N, rows_P = rows_of(self.first_row, prompts)
-        answer_P = self.answer_P[prompts]
+        answer_P, depth_M = self.answer_P[prompts], self.columns["depth"][node_M]
 
-        within_M = np.arange(len(node_M)) - np.repeat(before(nodes_P), nodes_P)
-        row_P, column_P, (R, T) = pack(nodes_P)
-        slot_M = within_M + np.repeat(row_P * T + column_P, nodes_P)
+        size_K = self.columns["size"][tree_K]
+        row_K, column_K, (R, T) = pack(size_K)
+        slot_M = np.arange(len(node_M)) + np.repeat(row_K * T + column_K - before(size_K), size_K)
         end_RT = np.full((R, T), T)  # an empty place sees itself: its softmax must be a number
-        end_RT.flat[slot_M] = self.columns["end"][node_M] + np.repeat(column_P, nodes_P)
-        scored_U = np.flatnonzero(within_M >= np.repeat(answer_P, nodes_P))
-        up_P = before(nodes_P - answer_P) - answer_P  # from a prompt's own nodes to the batch's U
+        end_RT.flat[slot_M] = self.columns["end"][node_M] + np.repeat(column_K, size_K)
+        scored_P = nodes_P - trees_P * answer_P
         columns = dict(
-            token_M=self.columns["token"][node_M], position_M=self.columns["depth"][node_M],
-            slot_M=slot_M, end_RT=end_RT, scored_U=scored_U,
-            parent_E=self.columns["parent"][edge_E] + np.repeat(up_P, edges_P),
+            token_M=self.columns["token"][node_M], position_M=depth_M, slot_M=slot_M,
+            end_RT=end_RT, scored_U=np.flatnonzero(depth_M >= np.repeat(answer_P, nodes_P)),
+            parent_E=self.columns["parent"][edge_E] + np.repeat(before(scored_P), edges_P),
             target_E=self.columns["target"][edge_E],
             edge_L=self.columns["edge"][step_L] + np.repeat(before(edges_P), steps_P),
             row_L=self.columns["row"][step_L] + np.repeat(before(rows_P), steps_P))
-        return TreeBatch(**{name: to_device(x, device) for name, x in columns.items()}, N=len(row_N),
-                         longest=int(columns["position_M"].max()) + 1)
+        return TreeBatch(**{name: to_device(x, device) for name, x in columns.items()},
+                         N=len(row_N), longest=int(depth_M.max()) + 1)
 
 
 def rows_of(first, prompts):
@@ -155,7 +195,7 @@ def pack(size_P):
 
 
 def to_device(array, device):
-    """A host array as a tensor there. Pinned memory lets a GPU fetch it without being waited for."""
+    """A host array as a tensor there. From pinned memory a GPU fetches it without a wait."""
     tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -179,7 +219,7 @@ class TreeBatch:
 
 
 class TreeCache(KVCache):
-    """Nodes stay flat, [M, D]; attention alone arranges them in rows, one tree to a row [P, T]."""
+    """Nodes stay flat, [M, D]; attention alone arranges them in rows, [R, T]."""
     def __init__(self, batch):
         super().__init__()
         self.batch, self.shape_RT = batch, batch.end_RT.shape
@@ -282,7 +322,7 @@ def pairs(prompt_N, first_N, second_N):
     i_I, j_J = np.flatnonzero(first_N), np.flatnonzero(second_N)
     if not len(i_I) or not len(j_J):
         return i_I[:0], j_J[:0], first_N[:0]
-    partners_P = np.bincount(prompt_N[j_J], minlength=prompt_N[-1] + 1)  # how many j each prompt has
+    partners_P = np.bincount(prompt_N[j_J], minlength=prompt_N[-1] + 1)  # each prompt's number of j
     partners_I = partners_P[prompt_N[i_I]]
     i_B = np.repeat(i_I, partners_I)
     first_partner_I = before(partners_P)[prompt_N[i_I]]
