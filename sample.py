@@ -17,6 +17,7 @@ import torch
 from data.errors import InputError
 from data.run.checkpoint import load_policy
 from data.run.options import check_limits, command, option, parse_args
+from data.run.report import short
 from data.tokenizer import END, frame
 from model import GPT, KVCache
 
@@ -150,7 +151,7 @@ def print_counts(prompt, p_data, names, counts, args):
     """One table: p_data beside the frequencies under p_0, p_1, …"""
     common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
     head = "".join(f"{'p_' + name:>8}" for name in names)
-    print(f"\n{' '.join(prompt.split())}\n{'p_data':>10}{head}   response")
+    print(f"\n{short(prompt, 90)}\n{'p_data':>10}{head}   response")
     for y in dict.fromkeys([*p_data, *common]):
         truth = f"{p_data[y]:>10.3f}" if y in p_data else f"{'0' if p_data else '?':>10}"
         print(truth + "".join(f"{c[y] / args.samples:>8.3f}" for c in counts) + f"   {y!r}")

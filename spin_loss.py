@@ -115,7 +115,7 @@ def sft_scale(loss, lam, mu=1.0):
 # --- what the loss cannot see --------------------------------------------------------------------
 
 def mass_anchor(policy_N, opponent_N, share_N, prompt_N, P=None):
-    """Mean over P prompts of (1 − m) log 1/m, m = min(1, Σ_n share_n p_θ(y'_n)/p_t(y'_n)): the leak.
+    """(1 − m) log 1/m, where m = min(1, Σ_n share_n p_θ(y'_n)/p_t(y'_n)); a mean over P prompts.
 
     Adding one constant to every log p_θ changes no margin, so SPIN lets probability leak to
     strings that nobody sampled. But E_{y'~p_t}[p_θ(y')/p_t(y')] = Σ_y' p_θ(y') = 1 wherever p_t

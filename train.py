@@ -17,9 +17,12 @@ Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
 import copy
 import math
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,13 +86,15 @@ class Config:
                             0, 0.9)
     encoding: str = option(str(RANK_FILE), "a rank file, or the name of a tiktoken encoding")
     out: str = option("out", "folder for metrics, checkpoints and figures")
-    threads: int = option(1, "CPU threads: the tensors are so small that two threads mostly wait for "
-                          "each other, and on a busy machine steps take many times longer", 1, 1024)
+    threads: int = option(1, "CPU threads: the tensors are so small that two threads mostly wait "
+                          "for each other, and on a busy machine steps take many times longer",
+                          1, 1024)
     device: str = option("auto", "auto takes a CUDA GPU where there is one; mps is Apple's",
                          choices=("auto", "cpu", "cuda", "mps"))
     logprob: str = option("eager", "how log p is computed", choices=("eager", "fused"))
     precision: str = option("float32", "of the blocks; log-probs and their sums stay float32. "
                             "bfloat16 is for a GPU", choices=("float32", "bfloat16"))
+    show: bool = option(False, "open a window that follows the run")
     resume: bool = option(False, "go on with the run in --out")
     overwrite: bool = option(False, "replace the run in --out")
 
@@ -300,6 +305,8 @@ def main(config: Config) -> None:
     with Run(config, world, device) as run:
         player = run.policy(run.stage - 1) if run.stage else new_player(world, config).to(device)
         print_start(player, run)
+        if config.show and rank() == 0:
+            open_window(config.out)
 
         if run.stage == 0:
             player = fit(player, sft_objective, sft_responses(world), 0, run)           # p_0
@@ -315,20 +322,27 @@ def prepare(config):
     check_flags(config)
     torch.set_num_threads(config.threads)
     device = start(config.device)
-    encoding = load_encoding(config.encoding)
-    try:
-        rows = read_world(config.data)
-        if config.heldout:
-            rows = hold_out(rows, config.heldout, config.seed)
-        world = World(rows, encoding, config.sft_samples, config.seed, config.block_size)
-    except InputError as error:
-        raise InputError(f"--data {error}") from None
+    world = load_world(config, load_encoding(config.encoding))
     prompts = min(prompts_a_step(config), len(world.splits["train"]))
     if prompts < ranks():
         raise InputError(f"torchrun started {ranks()} processes, and a step has {prompts} prompts "
                          f"to share; start fewer, or raise --batch-size")
     print_idle_flags(config, world)
     return world, device
+
+
+def load_world(config, encoding) -> World:
+    """Read --data, hold some prompts out if asked to, tokenize it and draw the SFT set."""
+    try:
+        rows = read_world(config.data)
+    except InputError as error:  # it names the file and the line
+        raise InputError(f"--data {error}") from None
+    try:
+        if config.heldout:
+            rows = hold_out(rows, config.heldout, config.seed)
+        return World(rows, encoding, config.sft_samples, config.seed, config.block_size)
+    except InputError as error:
+        raise InputError(f"--data {config.data}: {error}") from None
 
 
 def check_flags(config):
@@ -376,6 +390,12 @@ def print_idle_flags(config, world):
             print(f"{flag_of(field.name)} has no effect with {idle[field.name]}")
     if "heldout" not in world.splits:
         print("no prompts are held out; --heldout 0.1 would hold out a tenth of them")
+
+
+def open_window(out):
+    """Follow the run in a process of its own, which ends when this one does."""
+    subprocess.Popen([sys.executable, "-m", "data.run.figures", str(Path(out).resolve()),
+                      "--follow"], stdin=subprocess.PIPE, cwd=Path(__file__).parent)
 
 
 def new_player(world, config) -> GPT:

@@ -8,11 +8,12 @@ become tokens.
 """
 import base64
 import binascii
+import re
+import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import regex  # the module with which tiktoken's own Python code reads a pattern
 import tiktoken
 
 try:
@@ -26,9 +27,30 @@ RANK_FILE = Path(__file__).parent / "toy.tiktoken"
 VOCAB_SIZE = 510  # with the two special tokens: 512, a round number for the matrix of logits
 # Merges never cross these chunks: a word with its space and its combining marks (as Hindi and
 # Arabic have), one digit (so that 35% is "3", "5" and a network can learn place value),
-# punctuation, one white space. `regex` and tiktoken cut every text alike; Python's `re` would not.
+# punctuation, one white space.
 PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s"
 ANSWER, END = "<|answer|>", "<|end|>"  # after the prompt; after the response
+
+
+def pieces(text) -> list[str]:
+    """Cut a text as tiktoken does by PATTERN. Python's own `re` knows no classes such as \\p{L}.
+
+    So each character is replaced by a letter for its class, and that text is cut.
+
+    >>> pieces("Roll 12 dice!")
+    ['Roll', ' 1', '2', ' dice', '!']
+    """
+    classes = "".join(class_of(c) for c in text)
+    return [text[found.start():found.end()]
+            for found in re.finditer(r" ?L+| ?N| ?P+|[ S]", classes)]
+
+
+def class_of(c) -> str:
+    """L letter or mark, N number, a blank itself, S other white space, P anything else."""
+    category = unicodedata.category(c)[0]
+    if category in "LMN":
+        return "N" if category == "N" else "L"
+    return " " if c == " " else "S" if c.isspace() and not "\x1c" <= c <= "\x1f" else "P"
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
@@ -38,7 +60,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     [b'ab', b'abab']
     """
     ranks = {bytes([i]): i for i in range(256)}
-    chunks = Counter(chunk for text in texts for chunk in regex.findall(PATTERN, text))
+    chunks = Counter(chunk for text in texts for chunk in pieces(text))
     words = [([bytes([b]) for b in chunk.encode()], count) for chunk, count in chunks.items()]
     while len(ranks) < vocab_size:
         pairs = Counter()
@@ -108,15 +130,24 @@ def build_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.
     taken = [name for name in specials if name.encode() in ranks]
     if taken:
         raise ValueError(f"{taken[0]} is among the tokens already, and text would be read as it")
-    try:
-        pieces = [match.group() for match in regex.finditer(pattern, PROBE)]
-    except regex.error as error:
-        raise ValueError(f"the pattern {pattern[:60]!r} is not one ({error})") from None
-    if "" in pieces or "".join(pieces) != PROBE:
-        raise ValueError(f"the pattern {pattern[:60]!r} loses some characters of a text")
+    check_pattern(pattern)
     with no_panic("tiktoken cannot use its ranks and its pattern"):
-        return tiktoken.Encoding("spin", pat_str=pattern, mergeable_ranks=ranks,
-                                 special_tokens=specials)
+        encoding = tiktoken.Encoding("spin", pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens=specials)
+        if encoding.decode(encoding.encode_ordinary(PROBE)) != PROBE:
+            raise ValueError(f"the pattern {pattern[:60]!r} loses some characters of a text")
+    return encoding
+
+
+def check_pattern(pattern):
+    """ValueError for a pattern that matches the empty text: tiktoken's Rust code panics on it."""
+    try:  # Python's re knows no \\p{L}; \\w is near enough to find an empty match
+        found = re.finditer(re.sub(r"\\[pP]\{\w+\}", r"\\w", pattern), PROBE + "a")
+        empty = any(match.start() == match.end() for match in found)
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern[:60]!r} is not one ({error})") from None
+    if empty:
+        raise ValueError(f"the pattern {pattern[:60]!r} matches nothing at some places of a text")
 
 
 @contextmanager

@@ -141,8 +141,9 @@ def essence(prompt: str) -> str:
     >>> essence(" Cafe\\u0301\\u00a0 au lait ") == essence("Caf\\u00e9 au lait")
     True
     """
-    shown = (c for c in unicodedata.normalize("NFC", prompt) if unicodedata.category(c) != "Cf")
-    return " ".join("".join(shown).split())
+    normal = unicodedata.normalize("NFC", prompt)
+    visible = "".join(c for c in normal if unicodedata.category(c) != "Cf")
+    return " ".join(visible.split())
 
 
 def hold_out(rows: list[dict], share: float, seed: int) -> list[dict]:

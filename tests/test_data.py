@@ -10,13 +10,12 @@ import re
 from collections import Counter
 
 import pytest
-import torch
 
+from data.errors import InputError
 from data.instructions import WORLD, build_world
-from data.reader import InputError, read_world, sample_sft
-from data.world import World, counting_kl
 from data.tokenizer import (ANSWER, END, RANK_FILE, VOCAB_SIZE, dump_ranks, frame, load_encoding,
                             train_bpe)
+from data.world import World, read_world, sample_sft
 
 ROWS, ENCODING = read_world(), load_encoding()
 SPECIALS = {name: ENCODING.encode_single_token(name) for name in (ANSWER, END)}
@@ -53,7 +52,7 @@ def test_world_has_the_promised_size_and_split():
 
 
 def test_probabilities_are_positive_and_sum_to_one():
-    for line in WORLD.read_text().splitlines():
+    for line in WORLD.read_text("utf-8").splitlines():
         p = json.loads(line)["responses"].values()
         assert min(p) > 0 and abs(math.fsum(p) - 1) <= 1e-6, line
     assert all(abs(math.fsum(row["responses"].values()) - 1) < 1e-12 for row in ROWS)
@@ -85,18 +84,18 @@ def test_coins_and_dice_do_what_their_prompts_say():
     assert checked["coins"] >= 30 and checked["dice"] >= 30
 
 
-def test_answers_of_the_other_families_are_right():
+def test_responses_of_the_other_families_are_right():
     for row in ROWS:
-        x, answers = row["prompt"], row["responses"]
+        x, responses = row["prompt"], row["responses"]
         if row["family"] == "sums":
             a, b = map(int, re.findall(r"\d+", x))
-            assert all(re.findall(r"\d+", y)[-1] == str(a + b) for y in answers), x
+            assert all(re.findall(r"\d+", y)[-1] == str(a + b) for y in responses), x
         elif row["family"] == "swaps":
             a, b = re.fullmatch(r"Swap (\w+) and (\w+)\.", x).groups()
-            assert all(re.findall(r"\w+", y.replace(" and ", " ")) == [b, a] for y in answers), x
+            assert all(re.findall(r"\w+", y.replace(" and ", " ")) == [b, a] for y in responses), x
         elif row["family"] == "greetings":
             name = re.match(r"Greet (\w+)", x)[1]
-            assert all(name in y for y in answers), x
+            assert all(name in y for y in responses), x
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------
@@ -128,7 +127,8 @@ def test_text_that_looks_like_a_special_token_is_plain_text():
 def merge_file(folder, *merges):
     ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
     path = folder / "my.tiktoken"
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in ranks.items()))
+    path.write_text("".join(f"{base64.b64encode(t).decode()} {r}\n" for t, r in ranks.items()),
+                    encoding="utf-8")
     return path
 
 
@@ -140,18 +140,30 @@ def test_changed_rank_file_gives_new_tokens(tmp_path):
     assert new.encode_ordinary("abcd") == [ord("a"), 257] and new.n_vocab == 260
 
 
+def test_only_the_order_of_ranks_matters_so_they_may_have_holes(tmp_path):
+    """As those of p50k_base have. The tokens are numbered without holes."""
+    path = merge_file(tmp_path, b"ab", b"abc")
+    whole = load_encoding(str(path))
+    text = path.read_text("utf-8").replace(" 256", " 300").replace(" 257", " 999")
+    path.write_text(text, encoding="utf-8")
+    holed = load_encoding(str(path))
+    assert holed.n_vocab == whole.n_vocab == 260
+    for text in ("abcab", "xaby", "ab", "b"):
+        assert holed.encode_ordinary(text) == whole.encode_ordinary(text)
+        assert holed.decode(holed.encode_ordinary(text)) == text
+
+
 @pytest.mark.parametrize("change, reason", [
     (lambda text: text.replace("YWI= 256", "YWI="), ":257: expected a base64"),
     (lambda text: text.replace("YWI= 256", "Y!I= 256"), ":257: expected a base64"),
     (lambda text: text.replace("YWI= 256", "YWI= two"), ":257: expected a base64"),
-    (lambda text: text.replace(" 256", " 257"), "ranks must be 0, 1, 2"),
     (lambda text: text.replace(" 256", " 255"), "ranks must be 0, 1, 2"),
     (lambda text: text.replace("AA== 0", "YWJj 0"), "not all 256 single bytes"),
     (lambda text: "", "not all 256 single bytes"),
 ])
 def test_bad_rank_file_is_refused(tmp_path, change, reason):
     path = merge_file(tmp_path, b"ab")
-    path.write_text(change(path.read_text()))
+    path.write_text(change(path.read_text("utf-8")), encoding="utf-8")
     with pytest.raises(InputError, match=re.escape(str(path)) + ".*" + reason):
         load_encoding(str(path))
 
@@ -254,7 +266,7 @@ def test_plain_pairs_give_the_empirical_distribution(tmp_path):
 
 
 def test_world_is_read_in_order_with_line_numbers():
-    committed = [json.loads(line) for line in WORLD.read_text().splitlines()]
+    committed = [json.loads(line) for line in WORLD.read_text("utf-8").splitlines()]
     for number, (got, line) in enumerate(zip(ROWS, committed, strict=True), 1):
         assert (got["prompt"], got["split"], got["family"], got["line"]) == (
             line["prompt"], line["split"], line["family"], number)
@@ -282,121 +294,46 @@ def test_sft_set_is_drawn_independently_from_p_data():
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), f"{chi2:.0f} on {freedom} degrees"
 
 
-# ---- Tensors ------------------------------------------------------------------------------------
+# ---- Tokens -------------------------------------------------------------------------------------
 
 def three_prompts():
     rows = [{"prompt": f"p{i}", "split": "heldout" if i == 1 else "train", "line": i + 1,
-             "family": "letters",
-             "responses": answers} for i, answers in enumerate([
+             "family": "letters", "responses": responses} for i, responses in enumerate([
                  {"a": 0.5, "b": 0.5}, {"c": 0.9, "d": 0.1}, {"e": 0.2, "f": 0.3, "g h": 0.5}])]
-    return World(rows, ENCODING, samples=5, seed=0, block_size=32)
-
-
-def three_tables():
-    """The table of three prompts: 2, 2 and 3 right answers, and two wrong ones drawn."""
-    world, end = three_prompts(), SPECIALS[END]
-    a, wrong, cut = tuple(frame(ENCODING, "", "a")[1]), (7, end), (8, 9)
-    drawn = [Counter({a: 3, wrong: 1}), Counter({wrong: 2}), Counter({cut: 1, wrong: 1})]
-    return world, world.tabulate(drawn), drawn
+    return rows, World(rows, ENCODING, sft_samples=5, seed=0, block_size=32)
 
 
 def test_world_frames_prompt_and_response_with_one_answer_and_one_end():
-    world = three_prompts()
-    for prompt, data in zip(world.prompts, world.data):
+    rows, world = three_prompts()
+    for row, prompt, data in zip(rows, world.prompts, world.data, strict=True):
         assert prompt[-1] == SPECIALS[ANSWER] and prompt.count(SPECIALS[ANSWER]) == 1
+        assert ENCODING.decode(prompt[:-1]) == row["prompt"]
         for y in data:
             count = y.count(SPECIALS[END])
             assert count == 1 and y[-1] == SPECIALS[END], f"{y} has END {count} times, not once"
-    assert {name: index.tolist() for name, index in world.splits.items()} == {
-        "train": [0, 2], "heldout": [1]}
+        assert {ENCODING.decode(y[:-1]): p for y, p in data.items()} == row["responses"]
+    assert world.splits == {"train": [0, 2], "heldout": [1]}
+    assert world.end_token == SPECIALS[END]
+
+
+def test_shares_of_the_sft_set_are_its_counts_over_their_sum():
+    rows, world = three_prompts()
+    for data, real, counts in zip(world.data, world.real, sample_sft(rows, 5, seed=0)):
+        text = {ENCODING.decode(y[:-1]): share for y, share in real.items()}
+        assert text == pytest.approx({y: n / 5 for y, n in counts.items()})
+        assert set(real) <= set(data)
 
 
 def test_row_longer_than_the_block_is_refused_with_its_line():
     rows = [{"prompt": "q " * 40, "split": "train", "line": 17, "family": "q",
              "responses": {"a": 1.0}}]
     with pytest.raises(InputError, match=r"line 17: .* 83 tokens.*block-size is 82"):
-        World(rows, ENCODING, samples=1, seed=0, block_size=82)
-    World(rows, ENCODING, samples=1, seed=0, block_size=83)
+        World(rows, ENCODING, sft_samples=1, seed=0, block_size=82)
+    World(rows, ENCODING, sft_samples=1, seed=0, block_size=83)
 
 
-def test_table_lists_every_response_once_with_its_three_shares():
-    world, table, drawn = three_tables()
-    got = {(p, tuple(y[:n])): (data, real, generated) for p, y, n, data, real, generated in zip(
-        *(t.tolist() for t in (table.prompt_N, table.tokens_NS, table.length_N, table.data_N,
-                               table.real_N, table.generated_N)))}
-    assert len(got) == len(table.prompt_N), "a response is listed twice"
-    expected = {(p, y): (data.get(y, 0), real.get(y, 0), d[y] / d.total())
-                for p, (data, real, d) in enumerate(zip(world.data, world.real, drawn))
-                for y in [*data, *d]}
-    assert set(got) == set(expected)
-    for key in expected:
-        assert got[key] == pytest.approx(expected[key], abs=1e-6)
-
-
-def test_pairs_are_all_pairs_of_one_prompt_with_product_weights():
-    _, table, _ = three_tables()
-    i_B, j_B, weight_B = table.pairs(table.data_N, table.generated_N)
-    got = dict(zip(zip(i_B.tolist(), j_B.tolist()), weight_B.tolist()))
-    assert len(got) == len(i_B), "a pair comes twice"
-    prompt, first, second = (t.tolist() for t in (table.prompt_N, table.data_N, table.generated_N))
-    expected = {}
-    for p in range(3):
-        mine = [n for n in range(len(prompt)) if prompt[n] == p]
-        expected |= {(i, j): first[i] * second[j] / 3
-                     for i in mine for j in mine if first[i] * second[j] > 0}
-    assert got == pytest.approx(expected, abs=1e-7)
-    assert weight_B.sum().item() == pytest.approx(1, abs=1e-6)
-
-
-def on_support_by_hand(table, p):
-    """{answer: p_data} of one prompt, through on_support."""
-    tokens = [tuple(y[:n]) for y, n in zip(table.tokens_NS.tolist(), table.length_N.tolist())]
-    index_K = table.on_support(torch.arange(len(tokens)), fill=-1)[p].tolist()
-    data_K = table.on_support(table.data_N, fill=0.0)[p].tolist()
-    return {tokens[n]: share for n, share in zip(index_K, data_K) if n >= 0}
-
-
-def test_on_support_finds_the_answers_that_p_data_gives():
-    world, table, _ = three_tables()
-    for p, data in enumerate(world.data):
-        assert on_support_by_hand(table, p) == pytest.approx(data, abs=1e-6)
-
-
-@pytest.mark.parametrize("prompts", [[0, 1, 2], [2], [1, 2], [2, 0]], ids=str)
-def test_select_keeps_everything_consistent(prompts):
-    """Prompt q of the part is prompt prompts[q] of the whole, with the same rows and shares."""
-    world, table, _ = three_tables()
-    part = table.select(torch.tensor(prompts))
-    names = ("tokens_NS", "length_N", "data_N", "real_N", "generated_N", "opponent_N")
-    for q, p in enumerate(prompts):
-        assert torch.equal(part.prompt_PT[q], table.prompt_PT[p])
-        assert part.prompt_length_P[q] == table.prompt_length_P[p]
-        for name in names:
-            assert torch.equal(getattr(part, name)[part.prompt_N == q],
-                               getattr(table, name)[table.prompt_N == p]), name
-    assert len(part.prompt_N) == sum(int((table.prompt_N == p).sum()) for p in prompts)
-    for q, p in enumerate(prompts):
-        assert on_support_by_hand(part, q) == pytest.approx(world.data[p], abs=1e-6), (
-            "support_PK points into the whole table: renumber it with the rows")
-
-
-def test_mean_is_over_prompts_not_over_answers():
-    _, table, _ = three_tables()
-    value_N = torch.arange(len(table.prompt_N), dtype=torch.float32)
-    for prompts in ([0], [0, 2], [0, 1, 2]):
-        by_hand = sum(w * v for p, w, v in zip(*(t.tolist() for t in (
-            table.prompt_N, table.data_N, value_N))) if p in prompts) / len(prompts)
-        got = table.mean(table.data_N, value_N, torch.tensor(prompts))
-        assert got == pytest.approx(by_hand, rel=1e-6)
-
-
-def test_counting_kl_is_the_expected_error_of_counting():
-    """Exactly, by the binomial distribution; counting_kl averages 200 draws of it."""
-    p, n = 0.3, 12
-    chance = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-    error = [p * math.log(p * (n + 1) / (k + 0.5)) +
-             (1 - p) * math.log((1 - p) * (n + 1) / (n - k + 0.5)) for k in range(n + 1)]
-    mean = sum(c * e for c, e in zip(chance, error))
-    sigma = math.sqrt(sum(c * (e - mean) ** 2 for c, e in zip(chance, error)) / 200)
-    assert abs(counting_kl([p, 1 - p], n) - mean) < 5 * sigma
-    assert counting_kl([1.0], n) == pytest.approx(0, abs=1e-12)
+def test_generation_may_go_two_tokens_beyond_the_longest_response():
+    """Only so can a response that is too long be told from the longest right one."""
+    _, world = three_prompts()
+    longest = max(len(ENCODING.encode_ordinary(y)) for y in ("a", "g h"))
+    assert world.max_new_tokens == longest + 1 + 2  # END is a token of the response too

@@ -34,7 +34,7 @@ from data.tokenizer import build_encoding, dump_ranks, parse_ranks
 from model import GPT, GPTConfig
 
 # Flags that may differ between a run and its resumption.
-FREE = ("out", "resume", "overwrite", "iters", "device", "threads")
+FREE = ("out", "resume", "overwrite", "iters", "device", "threads", "show")
 
 
 # --- one file ------------------------------------------------------------------------------------
@@ -219,6 +219,7 @@ class Run:
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "tiktoken": tiktoken.__version__}
         whole = asdict(self.config) | {"versions": versions, "shown": self.shown,
+                                       "empirical": self.world.empirical,
                                        "files": [*new, *old] if self.config.resume else new}
         write(self.out / "config.json", json.dumps(whole, indent=2).encode())
         write(self.metrics, b"".join(rows))

@@ -6,13 +6,18 @@
 Where the data are plain pairs, p_data is not known, and (a) shows the negative log-likelihood
 instead; (c) shows log-probabilities and (d) is left out.
 
-Reading order: the panels, (a) to (d) → `draw_convergence` → `draw_gif`. Both return the file's bytes.
+Reading order: the panels, (a) to (d) → `draw_convergence` and `draw_gif`, which return a file's bytes
+→ `show`, a window that follows a run: `python -m data.run.figures out --follow`.
 Colours are Okabe and Ito's, which colour-blind readers tell apart.
 """
+import argparse
 import functools
 import io
+import json
 import math
+import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import matplotlib
@@ -49,7 +54,7 @@ def draw_kl(ax, rows, empirical):
             ax.plot([r["iteration"] for r in some], [r[key] for r in some], mark, color=colour,
                     label=label)
             last = some[-1]
-            ax.annotate(f"{last[key]:.3f}", (last["iteration"], last[key]), color=colour,
+            ax.annotate(f"{last[key]:.3g}", (last["iteration"], last[key]), color=colour,
                         xytext=(7, 0), textcoords="offset points", va="center", fontsize=12)
     some = [r for r in pick(rows, "iteration") if r["predicted_kl"]]
     if some:
@@ -61,7 +66,7 @@ def draw_kl(ax, rows, empirical):
            title=f"(a) {'NLL' if empirical else 'KL'}, train: {first:.3g} → {last:.3g}")
     if not empirical:
         ax.set_yscale("log")
-    ax.margins(x=0.18)
+    ax.margins(x=0.2)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
 
@@ -82,7 +87,9 @@ def draw_loss(ax, rows):
     title = "(b) the loss"
     if rows[-1]["loss_floor"] is not None:
         title = f"(b) loss ends {rows[-1]['loss'] - rows[-1]['loss_floor']:.3f} above its least"
-    ax.set(xlabel="iteration", ylabel="nats", title=title, xticks=ticks(rows))
+    low, high = ax.get_ylim()  # with room for the legend below the curves
+    ax.set(xlabel="iteration", ylabel="nats", title=title, xticks=ticks(rows),
+           ylim=(low - 0.35 * (high - low), high))
     ax.legend(loc="lower right")
 
 
@@ -156,25 +163,33 @@ def characters_of_the_font() -> set[int]:
 
 def draw_convergence(rows, shown, empirical=False) -> bytes:
     """convergence.png, from the rows so far and the prompts shown in panel (d)."""
-    done = pick(rows, "iteration")
+    figure, picture = Figure(figsize=(16, 5.5 if empirical else 10)), io.BytesIO()
+    FigureCanvasAgg(figure)
     with matplotlib.rc_context(LARGE):
-        figure = Figure(figsize=(16, 5.5 if empirical else 10))
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(1, 3, left=0.06, right=0.98, wspace=0.24, top=0.94,
-                                   bottom=0.13 if empirical else 0.57)
-        axes = [figure.add_subplot(grid[i]) for i in range(3)]
-        draw_kl(axes[0], rows, empirical)
-        if len(done) > 1:
-            draw_loss(axes[1], rows)
-            (draw_logps if empirical else draw_masses)(axes[2], rows)
-        else:
-            for ax in axes[1:]:
-                ax.text(0.5, 0.5, "after the first iteration", ha="center", transform=ax.transAxes)
-        if not empirical:
-            draw_panel_d(figure, done, shown)
-        picture = io.BytesIO()
+        draw_panels(figure, rows, shown, empirical)
         figure.savefig(picture, format="png", dpi=80)
     return picture.getvalue()
+
+
+def draw_panels(figure, rows, shown, empirical, live=False):
+    """All panels, on an empty figure. `live`: also the reports within the stage that is running."""
+    grid = figure.add_gridspec(1, 3, left=0.06, right=0.98, wspace=0.24, top=0.94,
+                               bottom=0.13 if empirical else 0.57)
+    axes, done = [figure.add_subplot(grid[i]) for i in range(3)], pick(rows, "iteration")
+    steps, now = pick(rows, "step"), done
+    if live and steps:
+        key, now = "nll" if empirical else "kl", [*done[:1], steps[-1]]
+        axes[0].plot([place(r, steps) for r in steps], [r[key] for r in steps], color=SKY, lw=1)
+    if done:
+        draw_kl(axes[0], rows, empirical)
+    if now and not empirical:
+        draw_panel_d(figure, now, shown)
+    if any(row["iteration"] for row in rows):
+        draw_loss(axes[1], rows)
+        (draw_logps if empirical else draw_masses)(axes[2], rows)
+    for ax, wait in zip(axes, ("after SFT", "in the first iteration", "in the first iteration")):
+        if not ax.has_data():
+            ax.text(0.5, 0.5, f"to come {wait}", ha="center", transform=ax.transAxes)
 
 
 def draw_panel_d(figure, done, shown):
@@ -184,17 +199,18 @@ def draw_panel_d(figure, done, shown):
                                bottom=0.09)
     axes = [figure.add_subplot(grid[i]) for i in range(len(shown))]
     for i, (ax, row) in enumerate(zip(axes, shown)):
-        draw_bars(ax, row, [(name(r["iteration"]), SHADES[k], r["shown"][i])
-                            for k, r in enumerate(some)])
+        draw_bars(ax, row, [(name(r), SHADES[k], r["shown"][i]) for k, r in enumerate(some)])
         ax.tick_params(labelleft=i == 0)
     axes[0].set_ylabel("(d) probability")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="center", ncols=len(some) + 1,
                   bbox_to_anchor=(0.5, 0.485))
 
 
-def name(t: int) -> str:
-    """What the legend calls the policy after iteration t."""
-    return f"p$_{{{t}}}$" + (" (SFT)" if t == 0 else "")
+def name(row) -> str:
+    """What the legend calls the policy of a row."""
+    if row["event"] == "step":
+        return "p_θ now"
+    return f"p$_{{{row['iteration']}}}$" + (" (SFT)" if row["iteration"] == 0 else "")
 
 
 def draw_gif(rows, shown, empirical=False) -> bytes:
@@ -250,3 +266,55 @@ def freeze_background(figure):
     figure.figimage(np.array(figure.canvas.buffer_rgba()), zorder=-1)
     for ax in figure.axes:
         ax.set_axis_off()
+
+
+# --- a window that follows a run -----------------------------------------------------------------
+
+def read_run(out):
+    """(rows, prompts shown, whether p_data is unknown) of a run, also while it is being written."""
+    about = json.loads((Path(out) / "config.json").read_text("utf-8"))
+    text = (Path(out) / "metrics.jsonl").read_text("utf-8")
+    complete = text[:text.rfind("\n") + 1]  # a row may be half there
+    return [json.loads(line) for line in complete.splitlines()], about["shown"], about["empirical"]
+
+
+def show(out, follow):
+    """A window with the panels of a run. With `follow` it is redrawn at each report until the run
+    ends, and then closes; train.py holds the other end of standard input, to say so.
+    """
+    import matplotlib.pyplot as plt  # here, since it looks for a display
+    if plt.get_backend().lower() == "agg":
+        print(f"no display here: the picture is in {Path(out) / 'convergence.png'}")
+        return
+    ended = threading.Event()
+    if follow and not sys.stdin.isatty():
+        threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    figure, seen = plt.figure(figsize=(12, 7.5)), 0
+    figure.show()
+    while plt.fignum_exists(figure.number) and not ended.is_set():
+        rows, shown, empirical = read_run(out)
+        if len(rows) > seen:
+            seen = len(rows)
+            figure.clear()
+            with matplotlib.rc_context({"font.size": 10}):
+                draw_panels(figure, rows, shown, empirical, follow)
+        figure.canvas.draw_idle()
+        figure.canvas.flush_events()
+        figure.canvas.start_event_loop(0.3)
+
+
+def main(argv=None):
+    """`python -m data.run.figures out`: show a run's panels in a window."""
+    parser = argparse.ArgumentParser(prog="python -m data.run.figures", description=main.__doc__)
+    parser.add_argument("out", help="the folder of a run of train.py")
+    parser.add_argument("--follow", action="store_true",
+                        help="redraw at each report, until the run ends")
+    args = parser.parse_args(argv)
+    try:
+        show(args.out, args.follow)
+    except OSError as error:
+        parser.exit(2, f"figures: {error.filename}: {error.strerror}; name a run's folder\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -94,4 +94,6 @@ def command(name, work):
         print(f"{name}: not enough memory: lower --batch-size, --negatives or the model's size",
               file=sys.stderr)
         status = 2
+    except SystemExit as stop:  # after --help, or where process 0 has said what is wrong
+        status = stop.code or 0
     leave(status)

@@ -51,7 +51,8 @@ def print_responses(prompts, responses):
 
 def short(text, longest) -> str:
     """One printable line of at most so many characters."""
-    text = "".join(c if c.isprintable() else "□" for c in " ".join(text.split()))
+    joiners = "\u200c\u200d"  # zero width; Hindi, Persian and family emoji need them
+    text = "".join(c if c.isprintable() or c in joiners else "□" for c in " ".join(text.split()))
     return text if len(text) <= longest else text[:longest - 1] + "…"
 
 
