@@ -47,7 +47,7 @@ def next_tokens(logits_BV, temperature=1.0, top_k=None, generator=None):
 def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_token: int,
              temperature: float = 1.0, top_k: int | None = None,
              generator: torch.Generator | None = None) -> list[list[int]]:
-    """One response to each prompt (token lists of any lengths); [[5, 6]] -> [[9, 3, end_token]], say.
+    """One response to each prompt, as token lists; [[5, 6]] -> [[9, 3, end_token]], say.
 
     A response ends with end_token, or without it where max_new_tokens or the model's block_size
     cut it short. Equal prompts are read once and finished responses leave the batch. `generator`

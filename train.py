@@ -82,7 +82,7 @@ class Config:
     seed: int = option(0, "one seed for weights, SFT set, sampling and order", 0, 2**31)
     reports: int = option(8, "evaluations in a stage", 1, 10**6)
     data: str = option(str(WORLD), "a world, or plain prompt/response pairs, as JSON lines")
-    heldout: float = option(0.0, "share of the train prompts to hold out, besides those of the file",
+    heldout: float = option(0.0, "share of the train prompts to hold out, beside the file's own",
                             0, 0.9)
     encoding: str = option(str(RANK_FILE), "a rank file, or the name of a tiktoken encoding")
     out: str = option("out", "folder for metrics, checkpoints and figures")

@@ -22,7 +22,8 @@ def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
     `responses` hold the samples of p_{t−1}, the opponent that the policy was trained against.
     """
     player_N = all_logps(policy, responses.trees, config.logprob)
-    figure_P = exact_figures(player_N, responses) | loss_figures(player_N, responses, world, config, t)
+    figure_P = exact_figures(player_N, responses)
+    figure_P |= loss_figures(player_N, responses, world, config, t)
     length_P = sum_P(responses, responses.data_N * responses.trees.length_N)
     found = {}
     for split, prompts in world.splits.items():

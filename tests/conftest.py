@@ -2,7 +2,7 @@
 
 `gpt2_by_hand` is the model written once more as plain functions. On it stand `logp_by_hand`, which
 reads the whole prefix anew for every token (no cache, no batch, no padding), and
-`exact_probabilities`, which lists every answer.
+`exact_probabilities`, which lists every response.
 """
 import math
 import sys
@@ -47,17 +47,17 @@ def gpt2_by_hand(model, tokens_BT):
 
 
 @torch.no_grad()
-def logp_by_hand(model, prompt: list[int], answer: list[int]) -> float:
-    """log p(answer | prompt) in nats, one forward pass a token."""
+def logp_by_hand(model, prompt: list[int], response: list[int]) -> float:
+    """log p(response | prompt) in nats, one forward pass a token."""
     total = 0.0
-    for k, token in enumerate(answer):
-        logits_V = gpt2_by_hand(model, torch.tensor([[*prompt, *answer[:k]]]))[0, -1].double()
+    for k, token in enumerate(response):
+        logits_V = gpt2_by_hand(model, torch.tensor([[*prompt, *response[:k]]]))[0, -1].double()
         total += (logits_V[token] - logits_V.logsumexp(0)).item()
     return total
 
 
-def all_answers(vocab_size: int, end: int, longest: int) -> list[list[int]]:
-    """Every answer of at most `longest` tokens: closed by END, or cut short at `longest`.
+def all_responses(vocab_size: int, end: int, longest: int) -> list[list[int]]:
+    """Every response of at most `longest` tokens: closed by END, or cut short at `longest`.
 
     Vocabulary {0, 1} with END = 1: [[1], [0, 1], [0, 0]] for longest = 2.
     """
@@ -69,9 +69,9 @@ def all_answers(vocab_size: int, end: int, longest: int) -> list[list[int]]:
 
 
 def exact_probabilities(model, prompt, longest, end, temperature=1.0, top_k=None):
-    """{answer: probability} of everything that sampling can give, by enumeration."""
+    """{response: probability} of everything that sampling can give, by enumeration."""
     exact, vocab_size = {}, model.config.vocab_size
-    for y in all_answers(vocab_size, end, longest):
+    for y in all_responses(vocab_size, end, longest):
         p = 1.0
         for k, token in enumerate(y):
             with torch.no_grad():
@@ -84,7 +84,7 @@ def exact_probabilities(model, prompt, longest, end, temperature=1.0, top_k=None
 
 
 def known_mistake(got, mistakes: dict, tolerance=1e-4) -> str:
-    """": you …" where `got` is the wrong answer that a well-known mistake gives, else nothing.
+    """": you …" where `got` is the wrong value that a well-known mistake gives, else nothing.
 
     >>> known_mistake(0.5, {"you averaged": 0.5, "you forgot END": 1.5})
     ': you averaged'

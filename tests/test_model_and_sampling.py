@@ -1,7 +1,7 @@
 """model.py and sample.py: GPT-2's architecture, the cache, and drawing exactly from p_θ.
 
 The oracles are GPT-2 written once more as plain functions, generation that recomputes everything
-for every token, and the exact probability of every answer a tiny model can give.
+for every token, and the exact probability of every response a tiny model can give.
 """
 import math
 from collections import Counter
@@ -68,9 +68,10 @@ def test_attention_is_a_mean_of_values_weighted_by_softmax_of_q_k_over_root_k():
                     share = weight[i][j] / (total or sum(row[j] for row in weight))
                     y_TD[i, h * D // H:(h + 1) * D // H] += share * v[j]
         return F.linear(y_TD, attn.c_proj.weight, attn.c_proj.bias)
-    visible_BTC = torch.ones(1, T, T, dtype=torch.bool).tril()
+    cache = KVCache()
+    cache.visible_BTC = torch.ones(1, T, T, dtype=torch.bool).tril()
     with torch.no_grad():
-        got_TD, right_TD = attn(x_TD[None].double(), visible_BTC, KVCache(), 0)[0], by_hand()
+        got_TD, right_TD = attn(x_TD[None].double(), cache, 0)[0], by_hand()
         hint = known_mistake(got_TD, {
             "the scores lack 1/√K": by_hand(scale=1),
             "you divided by √D; a head has K = D/H numbers": by_hand(scale=1 / math.sqrt(D)),
@@ -145,6 +146,11 @@ def test_more_tokens_than_block_size_are_refused():
     model(torch.zeros(1, 8, dtype=torch.long), cache)
     with pytest.raises(ValueError, match="9 tokens"):
         model(torch.zeros(1, 1, dtype=torch.long), cache)
+    # What counts is text: a padded row may be wider than the block.
+    wide_BT = torch.tensor([[1] * 5 + [-1] * 5, [-1] * 7 + [2] * 3])
+    assert_close(model(wide_BT)[1, 7:], model(torch.tensor([[2] * 3]))[0], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="9 tokens"):
+        model(torch.tensor([[1] * 9 + [-1], [1] * 2 + [-1] * 8]))
 
 
 # ---- The cache ----------------------------------------------------------------------------------
@@ -172,15 +178,20 @@ def test_reading_in_pieces_equals_reading_at_once(pieces):
     assert_close(torch.cat(logits, dim=1), gpt2_by_hand(model, tokens_BT), atol=1e-10, rtol=0)
 
 
-def test_padding_in_the_cache_is_never_seen():
-    model, length_B = tiny_gpt().double(), [1, 4, 2, 0]
-    rows = [[1, 2, 0, 1], [0, 1, 2, 2], [2, 2, 0, 0], [3, 3, 3, 3]]
-    cache = model.read(torch.tensor(rows), torch.tensor(length_B))
+@pytest.mark.parametrize("place", ["right", "left", "between"])
+def test_padding_in_the_cache_is_never_seen(place):
+    """Nor counted: the token after it stands where it would stand without it."""
+    model, rows, T = tiny_gpt().double(), [[1], [0, 1, 2, 2], [2, 2], []], 5
+    padded = {"right": lambda row: row + [-1] * (T - len(row)),
+              "left": lambda row: [-1] * (T - len(row)) + row,
+              "between": lambda row: row[:1] + [-1] * (T - len(row)) + row[1:]}[place]
+    cache = KVCache()
+    model.hidden(torch.tensor([padded(row) for row in rows]), cache)
     order = [2, 0, 1, 3, 0]  # rows may be repeated and reordered
     next_BT = torch.tensor([[1, 2], [0, 0], [2, 1], [1, 0], [3, 2]])
     got_BTV = model(next_BT, cache.rows(torch.tensor(order)))
     for b, row in enumerate(order):
-        alone = rows[row][:length_B[row]] + next_BT[b].tolist()
+        alone = rows[row] + next_BT[b].tolist()
         expected_TV = gpt2_by_hand(model, torch.tensor([alone]))[0, -2:]
         assert_close(got_BTV[b], expected_TV, atol=1e-10, rtol=0)
 
@@ -189,22 +200,22 @@ def test_padding_in_the_cache_is_never_seen():
 
 @torch.no_grad()
 def naive_generate(model, prompts, max_new_tokens, pick):
-    """One answer at a time would draw in another order, so: step by step, each prefix anew."""
-    answers, alive = [[] for _ in prompts], list(range(len(prompts)))
+    """Step by step, each prefix anew. (One response after another would draw in another order.)"""
+    responses, alive = [[] for _ in prompts], list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        logits = [gpt2_by_hand(model, torch.tensor([prompts[b] + answers[b]]))[0, -1]
+        logits = [gpt2_by_hand(model, torch.tensor([prompts[b] + responses[b]]))[0, -1]
                   for b in alive]
         for b, token in zip(alive, pick(logits)):
-            answers[b].append(token)
-        alive = [b for b in alive if answers[b][-1] != END
-                 and len(prompts[b]) + len(answers[b]) <= model.config.block_size]
+            responses[b].append(token)
+        alive = [b for b in alive if responses[b][-1] != END
+                 and len(prompts[b]) + len(responses[b]) <= model.config.block_size]
         if not alive:
             break
-    return answers
+    return responses
 
 
 def picker(seed, temperature=1.0, top_k=None):
-    """Walk along the probabilities until their sum passes u, one uniform u an answer and step."""
+    """Walk along the probabilities until their sum passes u, one uniform u a response and step."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(logits):
@@ -233,25 +244,25 @@ def test_cached_and_naive_generation_agree():
             assert got == naive_generate(model, RAGGED, 6, picker(seed, **settings)), settings
 
 
-def test_ragged_prompts_are_answered_as_if_alone():
+def test_each_prompt_gets_the_response_that_it_gets_alone():
     model = tiny_gpt(block_size=12)
     settings = {"max_new_tokens": 5, "end_token": END, "temperature": 0}
     together = generate(model, RAGGED, **settings)
     assert together == [generate(model, [prompt], **settings)[0] for prompt in RAGGED]
-    assert together[0] == together[3], "equal prompts, greedy: equal answers"
+    assert together[0] == together[3], "equal prompts, greedy: equal responses"
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.6}, {"temperature": 1.5}, {"top_k": 2},
                                       {"temperature": 0.7, "top_k": 3}], ids=str)
 def test_sampled_frequencies_match_exact_probabilities(settings):
-    """Each answer within 5 standard deviations, and all together by chi-square."""
+    """Each response within 5 standard deviations, and all together by chi-square."""
     model, prompt, n = tiny_gpt(seed=3), [2, 0], 20_000
     exact = exact_probabilities(model, prompt, 3, END, **settings)
     assert sum(exact.values()) == pytest.approx(1, abs=1e-9)
     draws = generate(model, [prompt] * n, max_new_tokens=3, end_token=END, **settings,
                      generator=torch.Generator().manual_seed(0))
     counts, chi2, cells = Counter(map(tuple, draws)), 0.0, -1
-    assert set(counts) <= {y for y, p in exact.items() if p > 0}, "an impossible answer was drawn"
+    assert set(counts) <= {y for y, p in exact.items() if p > 0}, "an impossible response was drawn"
     for y, p in exact.items():
         assert abs(counts[y] - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1, (
             f"{y}: drawn {counts[y]} times, expected {n * p:.1f}: greedy, truncated or tempered?")
@@ -261,7 +272,7 @@ def test_sampled_frequencies_match_exact_probabilities(settings):
 
 
 def test_default_sampling_is_at_temperature_one_and_untruncated():
-    """Only then is an answer a sample of p_t, as every theorem supposes: rare tokens do come."""
+    """Only then is a response a sample of p_t, as every theorem supposes: rare tokens do come."""
     logits_BV = torch.tensor([[0.9, 0.09, 0.009, 0.001]]).log().repeat(100_000, 1)
     tokens_B = next_tokens(logits_BV, generator=torch.Generator().manual_seed(0))
     for v, p in enumerate((0.9, 0.09, 0.009, 0.001)):
@@ -303,7 +314,16 @@ def test_token_of_probability_zero_is_never_drawn(monkeypatch, u, token):
     assert next_tokens(torch.tensor([[no, 0.0, 0.0, no]])).tolist() == [token]
 
 
-def test_answer_ends_at_end_and_includes_it():
+def test_no_impossible_token_is_drawn_among_very_many():
+    """A cumulative sum of 50,000 float32 numbers rounds; steps of width 0 must stay so."""
+    generator = torch.Generator().manual_seed(0)
+    logits_V = torch.randn(50_000, generator=generator)
+    logits_V[::2] = float("-inf")
+    tokens_B = next_tokens(logits_V.expand(500, -1), generator=generator)
+    assert (tokens_B % 2 == 1).all() and len(tokens_B.unique()) > 400
+
+
+def test_response_ends_at_end_and_includes_it():
     model = tiny_gpt(block_size=12)
     draws = generate(model, RAGGED * 200, max_new_tokens=4, end_token=END,
                      generator=torch.Generator().manual_seed(0))
@@ -313,22 +333,22 @@ def test_answer_ends_at_end_and_includes_it():
         assert y[-1] == END or len(y) == 4, f"{y} is short, but END is not on it"
 
 
-def test_truncated_answer_carries_no_end():
-    """An unfinished answer is not a finished one: it must not be scored as if it ended there."""
+def test_truncated_response_carries_no_end():
+    """An unfinished response is not a finished one: it must not be scored as if it ended there."""
     model = tiny_gpt()
     never = next(v for v in range(4) if v not in generate(
         model, [[1]], max_new_tokens=5, end_token=-1, temperature=0)[0])
-    answer, = generate(model, [[1]], max_new_tokens=5, end_token=never, temperature=0)
-    assert len(answer) == 5 and never not in answer
+    response, = generate(model, [[1]], max_new_tokens=5, end_token=never, temperature=0)
+    assert len(response) == 5 and never not in response
     assert generate(model, [[1]], max_new_tokens=0, end_token=END) == [[]]
 
 
-def test_block_size_cuts_an_answer_short_where_its_last_token_can_still_be_scored():
+def test_block_size_cuts_a_response_short_where_its_last_token_can_still_be_scored():
     model = tiny_gpt(block_size=8)
     prompts = [[1] * 8, [1] * 6, [1]]
-    answers = generate(model, prompts, max_new_tokens=20, end_token=-1, temperature=0)
-    assert [len(x) + len(y) for x, y in zip(prompts, answers)] == [9, 9, 9]
-    assert all(math.isfinite(logp_by_hand(model, x, y)) for x, y in zip(prompts, answers))
+    responses = generate(model, prompts, max_new_tokens=20, end_token=-1, temperature=0)
+    assert [len(x) + len(y) for x, y in zip(prompts, responses)] == [9, 9, 9]
+    assert all(math.isfinite(logp_by_hand(model, x, y)) for x, y in zip(prompts, responses))
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone():

@@ -68,8 +68,8 @@ HOLES = {"one hole, as p50k_base": dict(hole=1), "a wide hole": dict(hole=10**9)
 @pytest.mark.parametrize("name", HOLES)
 def test_ranks_with_holes_encode_as_ranks_without(name, tmp_path):
     merges = (b"ab", b"abc", b"ca", b" \xc3")
-    (tmp_path / "whole").write_text(rank_file(*merges))
-    (tmp_path / "holes").write_text(rank_file(*merges, **HOLES[name]))
+    (tmp_path / "whole").write_text(rank_file(*merges), "utf-8")
+    (tmp_path / "holes").write_text(rank_file(*merges, **HOLES[name]), "utf-8")
     whole, holes = (load_encoding(str(tmp_path / x)) for x in ("whole", "holes"))
     assert holes.n_vocab == 256 + len(merges) + 2 and holes._special_tokens == {
         ANSWER: 260, END: 261}
@@ -80,7 +80,7 @@ def test_ranks_with_holes_encode_as_ranks_without(name, tmp_path):
 
 
 def test_policy_trained_on_ranks_with_holes_is_loaded_again(tmp_path):
-    (tmp_path / "ranks").write_text(rank_file(b"ab", b"abc", hole=7))
+    (tmp_path / "ranks").write_text(rank_file(b"ab", b"abc", hole=7), "utf-8")
     encoding = load_encoding(str(tmp_path / "ranks"))
     rows = read_world(write(tmp_path / "rows", PAIR | {"prompt": "abcab", "response": "abc"}))
     world = World(rows, encoding, sft_samples=1, seed=0, block_size=16)
@@ -296,7 +296,7 @@ def test_file_whose_rows_are_no_json_lines_is_refused_with_an_example(tmp_path):
             ("prompt: Say a.\nresponse: a\n", (":1: not a JSON object", '"response": "…"}')),
             ("3\n", (":1: not a JSON object (it is 3)",)), ('"text"', ("not a JSON object",)),
             ("{'prompt': 'x', 'response': 'y'}", ("not a JSON object", '{"prompt": "…"'))):
-        (tmp_path / "x").write_text(content)
+        (tmp_path / "x").write_text(content, "utf-8")
         message = refusal(read_world, tmp_path / "x")
         assert all(word in message for word in words), message
 

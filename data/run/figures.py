@@ -6,8 +6,8 @@
 Where the data are plain pairs, p_data is not known, and (a) shows the negative log-likelihood
 instead; (c) shows log-probabilities and (d) is left out.
 
-Reading order: the panels, (a) to (d) → `draw_convergence` and `draw_gif`, which return a file's bytes
-→ `show`, a window that follows a run: `python -m data.run.figures out --follow`.
+Reading order: the panels, (a) to (d) → `draw_convergence` and `draw_gif`, which return a file's
+bytes → `show`, a window that follows a run: `python -m data.run.figures out --follow`.
 Colours are Okabe and Ito's, which colour-blind readers tell apart.
 """
 import argparse
@@ -104,7 +104,7 @@ def draw_masses(ax, rows):
         "right", "wrong, sampled by the opponent", "wrong, never sampled: leaked"])
     for t in sorted({r["iteration"] for r in rows})[1:]:
         ax.axvline(t - 1, color="white", lw=1.5)
-    ax.set(xlabel="iteration", ylabel="share of p_θ", ylim=(0, 1), xlim=(min(x), max(x)),
+    ax.set(xlabel="iteration", ylabel="share of p_θ", ylim=(0, 1), xlim=(min(x), max(x) + 1e-9),
            title=f"(c) wrong at the end: {rows[-1]['off_support']:.1%}", xticks=ticks(rows))
     ax.legend(loc="lower right")
 
@@ -214,7 +214,7 @@ def name(row) -> str:
 
 
 def draw_gif(rows, shown, empirical=False) -> bytes:
-    """convergence.gif, a frame for each report: the bars of panel (d), or the curve of panel (a)."""
+    """convergence.gif, a frame for each report: panel (d)'s bars, or the likelihood's curve."""
     rows = pick(rows, "step")
     figure = Figure(figsize=(15, 4.2), dpi=60)
     FigureCanvasAgg(figure)

@@ -77,7 +77,7 @@ def print_closing_table(rows, out, seconds, empirical):
         print(f"{t:>9}" + "".join(cells))
     if empirical:
         print("−log p of the real responses, summed over tokens, means over prompts, in nats; e to "
-              "the power of\n“per token” is the perplexity. What p_data is, plain pairs cannot say.")
+              "the power of\n“per token” is the perplexity. Plain pairs do not say what p_data is.")
     else:
         print("KL(p_data‖p_θ), losses and the least they can be in nats; iteration 0 is SFT, whose "
               "loss cannot\nbe less than the entropy of p_data.")

@@ -1,11 +1,12 @@
 """spin_loss.py: what is scored, what the loss is, and where its optimum lies.
 
 The oracles are a Markov chain whose log-probabilities are sums of table entries, formulas written
-out with `math`, and L-BFGS in float64 on a table of K answers, where every expectation is exact.
+out with `math`, and L-BFGS in float64 on a table of K responses, where every expectation is exact.
 """
 import doctest
+import json
 import math
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,14 +14,17 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import conftest
+import data.errors
+import data.metrics
+import data.responses
+import data.run.checkpoint
 import data.tokenizer
-import spin_loss as spin_module
 import model as model_module
-from conftest import all_answers, known_mistake, lbfgs, logp_by_hand, tiny_gpt
-from data.responses import Responses, answer_logps
-from data.world import World
-from spin_loss import (LOSSES, loss_floor, mass_anchor, optimal_next_policy,
-                       sequence_logps, space_loss, spin_loss, token_logps)
+import spin_loss as spin_module
+import train
+from conftest import all_responses, known_mistake, lbfgs, logp_by_hand, tiny_gpt
+from spin_loss import (LOSSES, loss_floor, loss_slopes, mass_anchor, optimal_next_policy,
+                       sequence_logps, sft_scale, spin_loss, token_logps)
 
 DATA = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64).log()
 WEAK = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25], dtype=torch.float64).log()  # the opponent p_t
@@ -86,7 +90,7 @@ def test_prompt_and_padding_are_not_scored():
 
 
 def test_end_token_is_scored():
-    """Once, with its own probability. Without it, long answers would look as likely as short."""
+    """Once, with its own probability. Else a response would look as likely as its beginning."""
     chain = MarkovChain(TABLE)
     logp_B = sequence_logps(chain, torch.tensor([[0, 1, END], [0, 1, 0]]),
                             torch.tensor([[False, True, True], [False, True, False]]))
@@ -109,11 +113,11 @@ def test_padding_and_batch_mates_change_nothing():
 
 def test_all_response_probabilities_sum_to_one():
     """Every response of up to 4 tokens, the unfinished ones too: 1 + 3 + 9 + 27 + 81 of them."""
-    model, prompt, answers = tiny_gpt(), [2, 0], all_answers(4, END, 4)
-    assert len(answers) == 121
+    model, prompt, responses = tiny_gpt(), [2, 0], all_responses(4, END, 4)
+    assert len(responses) == 121
     width = 2 + 4
-    tokens_BT = torch.tensor([(prompt + y + [0] * 4)[:width] for y in answers])
-    response_BT = torch.tensor([[False] * 2 + [i < len(y) for i in range(4)] for y in answers])
+    tokens_BT = torch.tensor([(prompt + y + [0] * 4)[:width] for y in responses])
+    response_BT = torch.tensor([[False] * 2 + [i < len(y) for i in range(4)] for y in responses])
     total = sequence_logps(model, tokens_BT, response_BT).double().exp().sum().item()
     assert total == pytest.approx(1, abs=1e-5), f"the probabilities sum to {total}"
 
@@ -139,70 +143,27 @@ def test_token_logps_match_a_softmax_written_out():
     assert half.dtype == torch.float32, "sums of many small log-probs need float32"
 
 
-# ---- answer_logps: the same numbers, prompts shared ---------------------------------------------
-
-def small_world(block_size=40):
-    encoding = data.tokenizer.load_encoding()
-    rows = [{"prompt": "Flip a coin with 5% heads.", "split": "train", "line": 1, "family": "f",
-             "responses": {"heads": 0.05, "tails": 0.95}},
-            {"prompt": "Hi", "split": "heldout", "line": 2, "family": "f",
-             "responses": {"y": 0.5, "no no": 0.5}},
-            {"prompt": "Greet Tom warmly.", "split": "train", "line": 3, "family": "f",
-             "responses": {"Hey Tom!": 0.6, "Hi, Tom!": 0.3, "Welcome, Tom!": 0.1}}]
-    return World(rows, encoding, samples=8, seed=0, block_size=block_size)
-
-
-def generated_for(world) -> list[Counter]:
-    """Draws of an opponent: right answers, wrong ones, and one cut short before END."""
-    right, end = [next(iter(data)) for data in world.data], world.end_token
-    return [Counter({right[0]: 2, (65, 66, 67): 1, (end,): 1}), Counter({(70, end): 4}),
-            Counter({right[2]: 1, (80, 81, 82, 83, 84, 85, 86, end): 3})]
-
-
-def full_sequences(answers: Responses):
-    """(tokens_NT, response_NT): each answer behind its own copy of the prompt."""
-    sequences = [(answers.prompt_PT[p, :answers.prompt_length_P[p]].tolist(), y[:n].tolist())
-                 for p, y, n in zip(answers.prompt_N, answers.tokens_NS, answers.length_N)]
-    longest = max(len(x) + len(y) for x, y in sequences)
-    fill = lambda x, y: longest - len(x) - len(y)
-    return (torch.tensor([x + y + [0] * fill(x, y) for x, y in sequences]),
-            torch.tensor([[False] * len(x) + [True] * len(y) + [False] * fill(x, y)
-                          for x, y in sequences]), sequences)
-
-
-@pytest.mark.parametrize("groups", [1, 4, 100])
-def test_answer_logps_equal_sequence_logps(groups):
-    """In value and in the gradient of a random weighted sum, by far the stricter test."""
-    world, model = small_world(), tiny_gpt(vocab_size=512, block_size=40)
-    answers = world.tabulate(generated_for(world))
-    tokens_NT, response_NT, sequences = full_sequences(answers)
-    weight_N = torch.randn(len(tokens_NT), generator=torch.Generator().manual_seed(0))
-    logps, gradients = [], []
-    for logp_N in (sequence_logps(model, tokens_NT, response_NT),
-                   answer_logps(model, answers, groups=groups)):
-        logps.append(logp_N.detach())
-        gradients.append(torch.autograd.grad((weight_N * logp_N).sum(), list(model.parameters())))
-    assert_close(logps[1], logps[0], atol=2e-5, rtol=0)
-    by_hand_N = torch.tensor([logp_by_hand(model, x, y) for x, y in sequences])
-    assert_close(logps[1], by_hand_N, atol=2e-5, rtol=0)
-    for (name, _), slow, fast in zip(model.named_parameters(), *gradients):
-        assert_close(fast, slow, atol=2e-5 * slow.abs().max().item(), rtol=0,
-                     msg=lambda text: f"gradient of {name}: {text}")
-
-
-def test_answer_logps_take_every_answer_that_fits_the_block():
-    """A long prompt with a short answer beside a short prompt with a long one: both fit."""
-    block, end, model = 12, 3, tiny_gpt(block_size=12)
-    prompts, answers = [[1] * 10, [2]], [[0, end], [0, 1, 2, 0, 1, 2, 0, 1, 2, end]]
-    assert all(len(x) + len(y) <= block for x, y in zip(prompts, answers))
-    pad = lambda lists: torch.tensor([row + [0] * (10 - len(row)) for row in lists])
-    zeros_N = torch.zeros(2)
-    table = Responses(pad(prompts), torch.tensor([10, 1]), torch.tensor([[0], [1]]),
-                      torch.tensor([0, 1]), pad(answers), torch.tensor([2, 10]),
-                      *[zeros_N] * 6)
-    expected_N = torch.tensor([logp_by_hand(model, x, y) for x, y in zip(prompts, answers)])
-    for groups in (1, 2):
-        assert_close(answer_logps(model, table, groups=groups), expected_N, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_several_targets_may_share_one_hidden_state(monkeypatch, impl):
+    """With rows_N, target n is scored by the state in row rows_N[n]; gradients add up there."""
+    monkeypatch.setattr(spin_module, "compiled", lambda body, device: body)
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(4, 3, generator=generator, requires_grad=True)
+    weight_VD = torch.randn(5, 3, generator=generator)
+    rows, targets, weight = [3, 0, 3, 3, 1], [4, 0, 1, 4, 2], [1.0, -2.0, 0.5, 3.0, 1.5]
+    got_N = token_logps(hidden_ND, weight_VD, torch.tensor(targets), impl, torch.tensor(rows))
+    (torch.tensor(weight) * got_N).sum().backward()
+    z_NV = (hidden_ND.detach().double() @ weight_VD.double().T).tolist()
+    softmax = lambda z: [math.exp(v) / sum(map(math.exp, z)) for v in z]
+    right = [math.log(softmax(z_NV[n])[v]) for n, v in zip(rows, targets)]
+    assert got_N.tolist() == pytest.approx(right, abs=1e-5), f"{got_N.tolist()}" + known_mistake(
+        got_N, {"target n was scored by row n, not by row rows_N[n]": [
+            math.log(softmax(z_NV[min(n, 3)])[v]) for n, v in enumerate(targets)]})
+    slope_ND = torch.zeros(4, 3, dtype=torch.float64)
+    for n, v, w in zip(rows, targets, weight):  # ∂log p(v)/∂z_u = 1[u = v] − p(u)
+        slope_V = torch.tensor([w * ((u == v) - p) for u, p in enumerate(softmax(z_NV[n]))])
+        slope_ND[n] += slope_V.double() @ weight_VD.double()
+    assert_close(hidden_ND.grad.double(), slope_ND, atol=1e-5, rtol=0)
 
 
 # ---- The loss -----------------------------------------------------------------------------------
@@ -233,12 +194,12 @@ def test_loss_is_its_formula_written_out(loss, lam):
                 "the sign of the margin is flipped: real − generated": value(lam, ratios, -1),
                 "λ is missing": value(1, ratios), "λ is squared": value(lam * lam, ratios),
                 "the opponent is left out of the log-ratios": value(lam, lambda c: c[:2]),
-                "the real answer's log-ratio stands for both": value(
+                "the real response's log-ratio stands for both": value(
                     lam, lambda c: (c[0] - c[2],) * 2),
                 "return a loss for each pair, not their mean": sum(expected) / len(expected)}))
 
 
-def test_loss_rewards_real_answers_and_punishes_generated_ones():
+def test_loss_rewards_real_responses_and_punishes_generated_ones():
     """The sign of the margin: d loss / d log p(y) < 0, d loss / d log p(y') > 0."""
     for loss in LOSSES:
         real_B, generated_B = (torch.tensor([-2.0], requires_grad=True) for _ in range(2))
@@ -262,13 +223,13 @@ def test_logistic_loss_is_finite_where_exp_would_overflow():
 
 def test_unknown_names_are_refused_by_name():
     one_B = torch.zeros(1)
-    with pytest.raises(ValueError, match="'squared'.*logistic"):
-        spin_loss(one_B, one_B, one_B, one_B, 1.0, "squared")
+    with pytest.raises(ValueError, match="'cubic'.*logistic"):
+        spin_loss(one_B, one_B, one_B, one_B, 1.0, "cubic")
     with pytest.raises(ValueError, match="'magic'"):
         token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), "magic")
 
 
-# ---- The theorems, on a table of K answers ------------------------------------------------------
+# ---- The theorems, on a table of K responses ----------------------------------------------------
 
 def population_loss(logp_K, data_K, opponent_K, lam=1.0, loss="logistic", mu=1.0):
     """E over y ~ p_data and y' ~ p_t, all K × K pairs with their probabilities."""
@@ -296,6 +257,63 @@ def test_expected_gradient_at_start_is_half_lambda_times_sft(loss, slope, lam):
     logits_K = WEAK.clone().requires_grad_()
     population_loss(logits_K.log_softmax(0), DATA, WEAK, lam, loss).backward()
     assert_close(logits_K.grad, slope * lam * (DATA.exp() - WEAK.exp()), atol=1e-14, rtol=0)
+
+
+SQUARED = lambda r, s, lam, mu: (lam * (r - s) - 1) ** 2  # noqa: E731  (one line, as in LOSSES)
+SCALES = {  # 1/(λ|ℓ'(0)|) for a loss ℓ(λ(r − s)), 1/|f'(0)| for f(r) + g(s)
+    "logistic": lambda lam, mu: 2 / lam, "hinge": lambda lam, mu: 1 / lam,
+    "exponential": lambda lam, mu: 1 / lam, "correlation": lambda lam, mu: 1 / lam,
+    "space": lambda lam, mu: (1 + mu) / mu, "squared": lambda lam, mu: 1 / (2 * lam)}
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "squared"])
+@pytest.mark.parametrize("lam, mu", [(0.1, 1.0), (1.0, 0.3), (4.0, 3.0)])
+def test_scaled_loss_has_the_first_gradient_of_sft(monkeypatch, loss, lam, mu):
+    """On a table SFT's gradient is p_θ − p_data. The losses added here get their scale unasked."""
+    monkeypatch.setitem(LOSSES, "squared", SQUARED)
+    scale = sft_scale(loss, lam, mu)
+    if loss in SCALES:
+        right = SCALES[loss](lam, mu)
+        assert scale == pytest.approx(right, rel=1e-12), f"{scale}, expected {right}" + (
+            known_mistake(scale, {"2/λ is right for the logistic loss only": 2 / lam,
+                                  "this is the slope; the scale is 1 over it": 1 / right}))
+    logits_K = WEAK.clone().requires_grad_()
+    (scale * population_loss(logits_K.log_softmax(0), DATA, WEAK, lam, loss, mu)).backward()
+    assert_close(logits_K.grad, WEAK.exp() - DATA.exp(), atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "squared"])
+def test_slopes_of_a_loss_match_finite_differences(monkeypatch, loss):
+    monkeypatch.setitem(LOSSES, "squared", SQUARED)
+    at = lambda r, s: LOSSES[loss](*torch.tensor([r, s], dtype=torch.float64), 1.5, 2.0).item()
+    for r, s, h in ((0.0, 0.0, 1e-5), (-0.4, 0.7, 1e-5), (1.0, -0.2, 1e-5)):
+        right = ((at(r + h, s) - at(r - h, s)) / (2 * h), (at(r, s + h) - at(r, s - h)) / (2 * h))
+        assert loss_slopes(loss, r, s, 1.5, 2.0) == pytest.approx(right, rel=1e-6, abs=1e-8)
+
+
+COINS = [{"family": "coin", "prompt": f"Flip a coin with {p}% heads.", "split": "train",
+          "responses": {"heads": p / 100, "tails": 1 - p / 100}} for p in (10, 30, 70, 90)]
+
+
+def test_a_loss_is_added_in_one_line_and_trained_with(monkeypatch, tmp_path, capsys):
+    """The flag, its limits, the scale and the figures all follow from the function itself."""
+    path, out = tmp_path / "coins.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(row) + "\n" for row in COINS), encoding="utf-8")
+    flags = ["--loss", "squared", "--data", str(path), "--out", str(out)]
+    with pytest.raises(data.errors.InputError, match="--loss squared: use one of logistic, "):
+        train.main(train.parse_args(train.Config, "", flags))
+
+    monkeypatch.setitem(LOSSES, "squared", SQUARED)
+    for name in ("draw_convergence", "draw_gif"):
+        monkeypatch.setattr(data.run.checkpoint, name, lambda *whatever: b"")
+    config = train.parse_args(train.Config, "", flags)
+    train.main(replace(config, iters=1, lam=1.0, sft_steps=45, steps=150, sft_lr=4e-3, n_layer=1,
+                       n_head=2, n_embd=32, negatives=16, reports=1, warmup=10, device="cpu"))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    before, after = [row for row in rows if row["event"] == "iteration"]
+    assert after["kl"] < 0.5 * before["kl"], (before, after)
+    assert 0 < after["loss"] < 1 and after["margin"] > 0, "against itself the player loses 1"
+    assert after["predicted_kl"] is None, "Theorem 5.4 does not give this loss's optimum"
 
 
 def test_data_distribution_is_a_fixed_point():
@@ -363,18 +381,18 @@ def test_space_reaches_the_data_in_one_step_whatever_mu(mu):
 
 
 @pytest.mark.parametrize("mu", [0.5, 1.0, 2.0])
-def test_space_asks_of_each_answer_alone_whether_it_is_real(mu):
+def test_space_asks_of_each_response_alone_whether_it_is_real(mu):
     sigma = lambda m, u: 1 / (1 + m * math.exp(-u))
     r, r_ = [0.7, -1.2, 2.0], [-0.4, 0.9, 1.5]
     value = lambda m, sign=1, weight=mu: [
         -math.log(sigma(m, a)) - weight * math.log(sigma(1 / m, -sign * b)) for a, b in zip(r, r_)]
-    got_B = space_loss(*(torch.tensor(x, dtype=torch.float64) for x in (r, r_)), mu)
+    got_B = LOSSES["space"](*(torch.tensor(x, dtype=torch.float64) for x in (r, r_)), 7.0, mu)
     assert got_B.tolist() == pytest.approx(value(mu), rel=1e-12), (
         f"{got_B.tolist()}, expected {value(mu)}" + known_mistake(got_B, {
             "μ is missing before the second term": value(mu, weight=1),
             "μ and 1/μ have changed places": value(1 / mu),
-            "the generated answer should look generated: −r'": value(mu, sign=-1)}))
-    far_B = space_loss(torch.tensor([-1000.0, 0]), torch.tensor([0, 1000.0]), mu)
+            "the generated response should look generated: −r'": value(mu, sign=-1)}))
+    far_B = LOSSES["space"](torch.tensor([-1000.0, 0]), torch.tensor([0, 1000.0]), 7.0, mu)
     assert far_B.isfinite().all(), "exp overflows; softplus does not"
 
 
@@ -441,7 +459,7 @@ def test_loss_floor_is_log_2_minus_the_jensen_shannon_divergence():
     assert got == pytest.approx(right, abs=1e-14), f"{got}, expected {right}" + known_mistake(got, {
         "log 2 is missing": -jsd, "subtract the divergence": math.log(2) + jsd,
         "this is the divergence alone": jsd,
-        "p₊ and p₋ are over pairs (y, y'), not over answers": math.log(2) - single})
+        "p₊ and p₋ are over pairs (y, y'), not over responses": math.log(2) - single})
     batch_P = loss_floor(torch.stack([DATA, DATA]), torch.stack([WEAK, DATA]))
     assert batch_P.tolist() == pytest.approx([math.log(2) - jsd, math.log(2)], abs=1e-14)
 
@@ -498,8 +516,52 @@ def test_mass_anchor_looks_at_each_prompt_and_at_shortfalls_only():
     assert anchor.item() == pytest.approx((1 - m) * math.log(1 / m) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("module, examples", [(spin_module, 2), (data.tokenizer, 1),
-                                              (model_module, 1), (conftest, 1)])
+@pytest.mark.parametrize("policy, opponent, share, why", [
+    ([-1.0, -5.0], [-120.0, -5.0], [0.0, 1.0], "exp(119) overflows, but its share is 0"),
+    ([-1.0, -5.0], [-95.0, -5.0], [math.exp(-95), 1 - math.exp(-95)],
+     "exp(94) overflows, and its share is as small as a float32 can be"),
+    ([-3.0, -5.0], [-3.0, -1e4], [1e-38, 1.0], "exp(9995) overflows even a float64"),
+    ([-1e4, -5.0], [-3.0, -4.0], [0.5, 0.5], "exp(−9997) is 0"),
+    ([-1e4, -2e4], [-3.0, -4.0], [0.5, 0.5], "all ratios are 0: a leak of 10⁴ nats")])
+def test_mass_anchor_is_finite_where_the_ratio_is_not(policy, opponent, share, why):
+    """Value and gradient, against log m written out in exact logarithms."""
+    policy_N = torch.tensor(policy, requires_grad=True)
+    anchor = mass_anchor(policy_N, torch.tensor(opponent), torch.tensor(share),
+                         torch.zeros(2, dtype=torch.long))
+    anchor.backward()
+    terms = [math.log(w) + a - b for w, a, b in zip(share, policy, opponent) if w > 0]
+    log_m = max(terms) + math.log(sum(math.exp(x - max(terms)) for x in terms))
+    right = -(1 - math.exp(log_m)) * log_m if log_m < 0 else 0.0
+    assert anchor.item() == pytest.approx(right, rel=1e-5, abs=1e-6), why
+    slope = math.exp(log_m) * log_m - (1 - math.exp(log_m)) if log_m < 0 else 0.0
+    expected = [slope * math.exp(math.log(w) + a - b - log_m) if w > 0 else 0.0
+                for w, a, b in zip(share, policy, opponent)]
+    assert policy_N.grad.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6), why
+
+
+def test_mass_anchor_is_zero_wherever_the_mass_is_one_or_more():
+    for m in (1.0, 1.5, 1e30):
+        policy_N = torch.tensor([math.log(m)] * 2, requires_grad=True)
+        anchor = mass_anchor(policy_N, torch.zeros(2), torch.tensor([0.5, 0.5]),
+                             torch.zeros(2, dtype=torch.long))
+        anchor.backward()
+        assert anchor.item() == 0 and policy_N.grad.tolist() == [0, 0], m
+
+
+def test_mass_anchor_is_a_mean_over_all_prompts_of_the_batch():
+    """Over P of them: in the last ones no response may have a share."""
+    one = torch.tensor([-1.0])
+    zero_N, prompt_N = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    alone = mass_anchor(one, zero_N, torch.ones(1), prompt_N).item()
+    assert alone == pytest.approx(1 - math.exp(-1), rel=1e-6)
+    both = mass_anchor(torch.tensor([-1.0, 0.0]), torch.zeros(2), torch.ones(2),
+                       torch.tensor([0, 1]), P=2).item()
+    assert both == pytest.approx(alone / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("module, examples", [
+    (spin_module, 4), (data.tokenizer, 1), (model_module, 1), (conftest, 1), (data.responses, 8),
+    (data.metrics, 2)], ids=lambda x: getattr(x, "__name__", ""))
 def test_worked_examples_in_docstrings_are_true(module, examples):
     result = doctest.testmod(module)
     assert result.failed == 0 and result.attempted >= examples
