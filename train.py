@@ -16,26 +16,25 @@ Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
 """
 import copy
 import math
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.errors import InputError
+from data.gpt2 import load_gpt2
 from data.metrics import evaluate
 from data.responses import all_logps, response_logps, self_play_responses, sft_responses
 from data.run.checkpoint import Run
-from data.run.options import TINY, check_limits, command, flag_of, option, parse_args
-from data.run.parallel import add_gradients, gather, rank, ranks, start
+from data.run.options import TINY, command, option, parse_args
+from data.run.parallel import add_gradients, gather, rank, ranks
+from data.run.prepare import check_ranking, prepare
 from data.run.report import print_responses, print_start
-from data.tokenizer import RANK_FILE, load_encoding
-from data.world import WORLD, World, hold_out, read_world
+from data.tokenizer import PATTERNS, RANK_FILE
+from data.world import WORLD
 from model import GPT, GPTConfig
 from sample import generate, rows_that_fit
 from spin_loss import LOSSES, mass_anchor, sft_scale, spin_loss
@@ -67,10 +66,12 @@ class Config:
     negatives: int = option(32, "responses the opponent gives to each prompt", 1, 10**6)
     lr: float = option(4e-3, "high for a model this small: it generalises better to held-out "
                        "prompts than 2e-3 does, and averaging tames it", TINY, 10)
-    warmup: int = option(50, "steps to full rate: Adam knows nothing yet, and its first steps "
+    warmup: int = option(20, "steps to full rate: Adam knows nothing yet, and its first steps "
                          "are the ones that leak", 0, 10**9)
-    average: float = option(0.5, "share of the steps whose weights are averaged; keeps the "
-                            "drift, removes the noise", 0, 1)
+    decay: float = option(0.1, "over the second half of a stage the rate falls to this share of "
+                          "itself: the noise of y' would keep the policy off its optimum", 0, 1)
+    average: float = option(0.25, "share of the steps, the last ones, whose weights are averaged; "
+                            "keeps the drift, removes the noise", 0, 1)
     clip: float = option(1.0, "gradient norm", TINY, 1e9)
     sft_steps: int = option(240, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
@@ -85,6 +86,10 @@ class Config:
     heldout: float = option(0.0, "share of the train prompts to hold out, beside the file's own",
                             0, 0.9)
     encoding: str = option(str(RANK_FILE), "a rank file, or the name of a tiktoken encoding")
+    pattern: str = option("toy", "how a rank file cuts a text before it joins bytes; an encoding "
+                          "given by name has its own", choices=PATTERNS)
+    init: str = option("", "start from GPT-2's weights: model.safetensors, or a state dict that "
+                       "torch.save wrote; sizes come from the file (data/GPT2.md)")
     out: str = option("out", "folder for metrics, checkpoints and figures")
     threads: int = option(1, "CPU threads: the tensors are so small that two threads mostly wait "
                           "for each other, and on a busy machine steps take many times longer",
@@ -120,8 +125,9 @@ def dpo_objective(model, batch, config):
     player_N = response_logps(model, batch.trees, config.logprob)
     i_B, j_B, weight_B = batch.pairs("generated", "generated")
     weight_B = weight_B * (batch.data_N[i_B] > batch.data_N[j_B])
-    # A mean over the pairs that it ranks; where that share is negligible, so is the loss.
-    weight_B = weight_B / weight_B.sum().clamp(min=1e-3)
+    # A mean over the pairs that it ranks, prompt by prompt; a negligible share stays negligible.
+    ranked_P = weight_B.new_zeros(batch.P).index_add(0, batch.prompt_N[i_B], weight_B) * batch.P
+    weight_B = weight_B / ranked_P.clamp(min=1e-3)[batch.prompt_N[i_B]]
     loss_B = losses_of_pairs(player_N, batch.opponent_N, i_B, j_B, config)
     return scaled((weight_B * loss_B).sum(), config) + anchor(player_N, batch, config)
 
@@ -164,10 +170,10 @@ def fit(player, objective, responses, t, run):
     """
     config, train, device = run.config, run.world.splits["train"], player.head_weight.device
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
-    warmup = max(1, min(config.warmup, steps // 2))
     optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0,
                                   fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: share_of_rate(step, steps, config))
     averaged, first = copy.deepcopy(player), math.floor(steps * (1 - config.average))
     learner = {"player": player, "averaged": averaged, "optimizer": optimizer,
                "schedule": schedule}
@@ -192,6 +198,13 @@ def fit(player, objective, responses, t, run):
             run.report(step + 1, steps, found, learner, policy, weights)
     show_responses(policy, run)
     return policy
+
+
+def share_of_rate(step, steps, config) -> float:
+    """The learning rate of a step, as a share of --lr: up, level, and down in the second half."""
+    warmup = max(1, min(config.warmup, steps // 2))
+    fallen = max(0.0, 2 * step / steps - 1)  # 0 until half of the steps are done, then up to 1
+    return min(1.0, (step + 1) / warmup) * (1 - (1 - config.decay) * fallen)
 
 
 def clip_gradients(player, norm, t, step):
@@ -248,18 +261,6 @@ def self_play(opponent, config, t, run):
     return responses
 
 
-def check_ranking(responses, train, t):
-    """Say how many train prompts give DPO's oracle nothing to rank; InputError if all of them."""
-    likely_N = responses.generated_N > 1e-3
-    rank_P = [np.unique(responses.data_N[(responses.prompt_N == p) & likely_N]) for p in train]
-    idle = sum(len(values) < 2 for values in rank_P)
-    if idle == len(train):
-        raise InputError(f"--method dpo: p_{t}'s responses to each prompt are all alike to the "
-                         f"oracle, so nothing can be ranked; raise --sft-steps or --negatives")
-    if idle:
-        print(f"iteration {t + 1}  {idle} of {len(train)} prompts have nothing to rank", flush=True)
-
-
 def sample_responses(model, world, config, t) -> list[Counter]:
     """`negatives` responses of p_t to each prompt, as {response: count}.
 
@@ -305,8 +306,6 @@ def main(config: Config) -> None:
     with Run(config, world, device) as run:
         player = run.policy(run.stage - 1) if run.stage else new_player(world, config).to(device)
         print_start(player, run)
-        if config.show and rank() == 0:
-            open_window(config.out)
 
         if run.stage == 0:
             player = fit(player, sft_objective, sft_responses(world), 0, run)           # p_0
@@ -317,92 +316,12 @@ def main(config: Config) -> None:
         run.close()
 
 
-def prepare(config):
-    """Check everything that can be wrong before anything is trained. Returns (World, device)."""
-    check_flags(config)
-    torch.set_num_threads(config.threads)
-    device = start(config.device)
-    world = load_world(config, load_encoding(config.encoding))
-    prompts = min(prompts_a_step(config), len(world.splits["train"]))
-    if prompts < ranks():
-        raise InputError(f"torchrun started {ranks()} processes, and a step has {prompts} prompts "
-                         f"to share; start fewer, or raise --batch-size")
-    print_idle_flags(config, world)
-    return world, device
-
-
-def load_world(config, encoding) -> World:
-    """Read --data, hold some prompts out if asked to, tokenize it and draw the SFT set."""
-    try:
-        rows = read_world(config.data)
-    except InputError as error:  # it names the file and the line
-        raise InputError(f"--data {error}") from None
-    try:
-        if config.heldout:
-            rows = hold_out(rows, config.heldout, config.seed)
-        return World(rows, encoding, config.sft_samples, config.seed, config.block_size)
-    except InputError as error:
-        raise InputError(f"--data {config.data}: {error}") from None
-
-
-def check_flags(config):
-    """Raise InputError for flags that are out of range or contradict each other."""
-    check_limits(config)
-    if config.n_embd % config.n_head:
-        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
-                         f"{config.n_head}, so that every head gets an equal share")
-    if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
-    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + config.block_size)
-    needed = 5 * 4 * parameters  # weights, gradients, Adam's two averages, the mean of the weights
-    if needed > memory_of_this_machine():
-        raise InputError(f"--n-embd {config.n_embd}: {parameters:.1e} parameters need "
-                         f"{needed / 2**30:,.0f} GiB to train, more than this machine has")
-
-
-def memory_of_this_machine() -> float:
-    """Bytes, or ∞ where the system does not say (Windows)."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
-
-
-def print_idle_flags(config, world):
-    """Name the flags that have no effect in this combination, so that nobody waits for one."""
-    idle = {}
-    if config.method == "sft":
-        names = ("lam", "loss", "mu", "anchor", "anchor_weight", "opponent", "history")
-        idle |= dict.fromkeys(names, "--method sft")
-    else:
-        r, s = torch.tensor(0.3), torch.tensor(-0.2)
-        loss = LOSSES[config.loss]
-        if loss(r, s, config.lam, 2 * config.mu) == loss(r, s, config.lam, config.mu):
-            idle["mu"] = f"--loss {config.loss}"
-        if loss(r, s, 2 * config.lam, config.mu) == loss(r, s, config.lam, config.mu):
-            idle["lam"] = f"--loss {config.loss}"
-        if config.anchor == "none":
-            idle["anchor_weight"] = "--anchor none"
-    if world.empirical:
-        idle["sft_samples"] = "plain pairs, which are the SFT set"
-    for field in fields(config):
-        if field.name in idle and getattr(config, field.name) != field.default:
-            print(f"{flag_of(field.name)} has no effect with {idle[field.name]}")
-    if "heldout" not in world.splits:
-        print("no prompts are held out; --heldout 0.1 would hold out a tenth of them")
-
-
-def open_window(out):
-    """Follow the run in a process of its own, which ends when this one does."""
-    subprocess.Popen([sys.executable, "-m", "data.run.figures", str(Path(out).resolve()),
-                      "--follow"], stdin=subprocess.PIPE, cwd=Path(__file__).parent)
-
-
 def new_player(world, config) -> GPT:
-    """A GPT with fresh weights."""
+    """A GPT with fresh weights, or with those of --init."""
     torch.manual_seed(config.seed)
-    player = GPT(GPTConfig(world.encoding.n_vocab, config.block_size, config.n_layer,
-                           config.n_head, config.n_embd))
+    n_vocab = world.encoding.n_vocab
+    player = load_gpt2(Path(config.init), n_vocab) if config.init else GPT(GPTConfig(
+        n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd))
     player.block_dtype = getattr(torch, config.precision)
     return player
 

@@ -98,7 +98,7 @@ def pair_loss(ratio_N, responses, config, first, ranked=False, most=1 << 20):
         count = min(P, p + chunk) - p
         total_P = np.bincount(prompt_N[i_B], weights=weight_B * loss_B, minlength=count)
         if ranked:
-            total_P /= np.maximum(1e-9, np.bincount(prompt_N[i_B], weights=weight_B,
+            total_P /= np.maximum(1e-3, np.bincount(prompt_N[i_B], weights=weight_B,
                                                     minlength=count))
         loss_P.append(total_P)
     return np.concatenate(loss_P)

@@ -29,6 +29,8 @@ VOCAB_SIZE = 510  # with the two special tokens: 512, a round number for the mat
 # Arabic have), one digit (so that 35% is "3", "5" and a network can learn place value),
 # punctuation, one white space.
 PATTERN = r" ?[\p{L}\p{M}]+| ?\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s"
+PATTERNS = {"toy": PATTERN, "gpt2": (  # GPT-2's, as tiktoken writes it
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")}
 ANSWER, END = "<|answer|>", "<|end|>"  # after the prompt; after the response
 
 
@@ -161,12 +163,15 @@ def no_panic(what):
         raise InputError(f"{what} ({error})") from None
 
 
-def load_encoding(source: str = str(RANK_FILE)) -> tiktoken.Encoding:
-    """A rank file, or the name of a tiktoken encoding (gpt2, …), with ANSWER and END added."""
+def load_encoding(source: str = str(RANK_FILE), pattern: str = "toy") -> tiktoken.Encoding:
+    """A rank file, or the name of a tiktoken encoding (gpt2, …), with ANSWER and END added.
+
+    A rank file says nothing of how a text is cut, so `pattern` names it, one of PATTERNS.
+    """
     names, name = tiktoken.list_encoding_names(), f"--encoding {source}"
     try:
         if Path(source).is_file():
-            return build_encoding(parse_ranks(read_text(source, name), name))
+            return build_encoding(parse_ranks(read_text(source, name), name), PATTERNS[pattern])
         if source not in names:
             raise InputError(f"{name}: neither a rank file nor one of tiktoken's encodings "
                              f"({', '.join(names)}){nearest(source, names)}")
@@ -185,7 +190,10 @@ def fetch(source, name) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(source)
     except Exception as error:  # tiktoken raises whatever the network library does
-        raise InputError(f"{name}: tiktoken could not fetch it ({error})") from None
+        how = f"python -c \"import tiktoken; tiktoken.get_encoding('{source}')\""
+        raise InputError(f"{name}: tiktoken could not fetch it; where there is a network, run "
+                         f"TIKTOKEN_CACHE_DIR=ranks {how}, bring the folder ranks here, and set "
+                         f"TIKTOKEN_CACHE_DIR to it ({str(error)[:200]})") from None
 
 
 def frame(encoding: tiktoken.Encoding, prompt: str, response: str) -> tuple[list[int], list[int]]:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # One JSON line a job: the folder of a copy, and pytest's arguments. The child inherits the imports.
 SERVER = """
 import json, os, sys
-import matplotlib.pyplot, numpy, pytest, tiktoken, torch
+import matplotlib.figure, numpy, pytest, tiktoken, torch
+import torch._dynamo  # an optimiser wants it, and it takes a second
 torch.set_num_threads(1)
 for line in sys.stdin:
     folder, args = json.loads(line)
@@ -45,7 +46,7 @@ def copy_of_the_repository(folder) -> Path:
 def git(folder, *args) -> str:
     settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=false"]
     return subprocess.run(["git", "-C", folder, *settings, *args], capture_output=True, text=True,
-                          check=True).stdout
+                          encoding="utf-8", check=True).stdout
 
 
 def copy_with_a_history(folder) -> Path:
@@ -61,7 +62,7 @@ class Servers:
     """with Servers(2) as servers: servers.run(folder, tests), from as many threads."""
     def __init__(self, count):
         self.free, self.all = Queue(), [subprocess.Popen(
-            [sys.executable, "-c", SERVER], text=True, stdin=subprocess.PIPE,
+            [sys.executable, "-c", SERVER], text=True, encoding="utf-8", stdin=subprocess.PIPE,
             stdout=subprocess.PIPE) for _ in range(count)]
         for server in self.all:
             self.free.put(server)

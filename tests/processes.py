@@ -2,7 +2,9 @@
 seconds that importing torch takes, for each process is a fork of one that has imported it.
 
 Not a test file. A hook is a function of this file that changes something in the child first.
+Where there is no fork server (Windows), whatever starts a script is skipped.
 """
+import functools
 import itertools
 import json
 import multiprocessing
@@ -14,12 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ["PYTHONPATH"] = str(ROOT)
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["train", "sample", "torch._dynamo"])  # an optimiser wants the last
 NUMBERS = itertools.count()  # of logs
 SMALL = ("--iters 2 --sft-steps 12 --steps 10 --n-layer 1 --n-head 2 --n-embd 16 --negatives 4 "
          "--batch-size 8 --sft-samples 8 --block-size 32 --reports 2 --warmup 3").split()
@@ -31,7 +31,8 @@ def write_world(folder, name="six.jsonl") -> str:
         "heads": p / 100, "tails": 1 - p / 100}} for p in (10, 30, 50, 70, 90)]
     rows.append({"family": "g", "prompt": "Name a pet.", "responses": {"dog": 0.75, "a cat": 0.25}})
     rows[2]["split"] = "heldout"
-    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name).write_text(text, encoding="utf-8", newline="\n")
     return str(folder / name)
 
 
@@ -41,27 +42,25 @@ def plain():
     """Nothing is changed: figures too are drawn."""
 
 
-def quick():
-    """No figures: they take longer than all else in so small a run."""
-    import data.gif
-    import data.plot
-    data.plot.draw_convergence = lambda out: data.plot.write(Path(out) / "convergence.png", b"png")
-    data.gif.draw_gif = lambda out: data.plot.write(Path(out) / "convergence.gif", b"gif")
-
-
-def careful(seconds=0.0, figures=False):
-    """Save after every step, and take `seconds` to write each file."""
-    import data.rescue
-    if not figures:
-        quick()
-    data.rescue.EVERY = -1
+def quick(seconds=0.0):
+    """No figures: they take longer than all else in so small a run. Each file takes `seconds`."""
+    from data.run import checkpoint
+    checkpoint.draw_convergence = lambda *args: b"png"
+    checkpoint.draw_gif = lambda *args: b"gif"
     fsync = os.fsync
     os.fsync = lambda file: (time.sleep(seconds), fsync(file))
 
 
-def die_at(name, count, when, figures=False):
-    """SIGKILL itself at the count-th time that file `name` is to be replaced."""
-    careful(figures=figures)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(name, count, when):
+    """SIGKILL itself at the count-th time that file `name` is to be replaced.
+
+    when: "half" of the new file is written, "before" the old one is replaced, or "after".
+    """
+    quick()
     replace, seen = os.replace, []
 
     def replace_or_die(part, path):
@@ -70,27 +69,29 @@ def die_at(name, count, when, figures=False):
         if dies and when == "half":
             os.truncate(part, os.path.getsize(part) // 2)
         if dies and when != "after":
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         replace(part, path)
         if dies:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
     os.replace = replace_or_die
 
 
 def die_in(module, name, count):
     """SIGKILL itself in the count-th call of a function; a row of metrics is torn first."""
-    careful()
+    quick()
     owner, calls = sys.modules[module], []
-    plain = getattr(owner, name)
+    original = getattr(owner, name)
 
     def call_or_die(*args, **kwargs):
         calls.append(1)
         if len(calls) == count:
             if name == "append":
-                plain(args[0], args[1][:len(args[1]) // 3])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(*args, **kwargs)
+                path, rows = args
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows)[:-20])
+            die()
+        return original(*args, **kwargs)
 
     setattr(owner, name, call_or_die)
 
@@ -98,11 +99,29 @@ def die_in(module, name, count):
 def small_files(limit):
     """Let no file grow beyond `limit` bytes, as on a full disk."""
     import resource
-    careful()
+    quick()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+def other_flag(flag, value):
+    """The process of rank 1 is given another value."""
+    quick()
+    if os.environ["RANK"] == "1":
+        sys.argv[sys.argv.index(flag) + 1] = value
+
+
 # ---- Processes ----------------------------------------------------------------------------------
+
+@functools.cache
+def fork_server():
+    """The context that forks a process with torch imported; skips the test where there is none."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork server on this system, so no cheap processes to kill")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "train", "sample", "torch._dynamo"])  # for Adam
+    return context
+
 
 def child(script, args, log, hook, env):
     """What the forked process does: its output goes to log.out and log.err."""
@@ -110,9 +129,9 @@ def child(script, args, log, hook, env):
         os.dup2(os.open(log + suffix, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     os.environ |= env
     torch.set_num_threads(1)
+    sys.argv = [script, *args]
     name, *more = hook
     globals()[name](*more)
-    sys.argv = [script, *args]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -120,7 +139,7 @@ class Script:
     """`python script args`, started; `wait()` gives (exit status, stdout, stderr)."""
     def __init__(self, folder, args, script="train.py", hook=("quick",), env={}):
         self.log = str(folder / f"log{next(NUMBERS)}")
-        self.process = FORK.Process(target=child, args=(script, args, self.log, hook, env))
+        self.process = fork_server().Process(target=child, args=(script, args, self.log, hook, env))
         self.process.start()
 
     def signal(self, number):
@@ -128,7 +147,15 @@ class Script:
 
     def read(self, suffix):
         path = Path(self.log + suffix)
-        return path.read_text(errors="replace") if path.exists() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def wait_for(self, condition, seconds=30):
+        """Wait until the condition holds; the process must not end before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.is_alive(), f"too early an end: {self.read('.err')}"
+            assert time.monotonic() < end, f"nothing after {seconds} s: {self.read('.out')}"
+            time.sleep(0.002)
 
     def wait(self, timeout=60):
         self.process.join(timeout)
@@ -140,6 +167,27 @@ class Script:
 
 def script(*args, **how):
     return Script(*args, **how).wait()
+
+
+def here(capsys, args, name="train.py"):
+    """The same in this process, where it is not to be killed: (exit status, stdout, stderr)."""
+    from data.run.options import command, parse_args
+    import sample
+    import train
+    work, kind = {"train.py": (train.main, train.Config),
+                  "sample.py": (sample.main, sample.SampleConfig)}[name]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(name, lambda: work(parse_args(kind, "", args)))
+    return stop.value.code, *capsys.readouterr()
+
+
+def refused(capsys, args, *words, name="train.py"):
+    """The command exits with 2 and one line that says all the words. Returns the line."""
+    status, _, err = here(capsys, args, name)
+    assert status == 2 and err.count("\n") == 1 and err.startswith(f"{name}: "), (status, err)
+    assert all(word in err for word in words), err
+    return err
 
 
 def together(folder, args, processes=2, **how):
@@ -156,8 +204,9 @@ def together(folder, args, processes=2, **how):
 
 def rows_of(out) -> list[dict]:
     """metrics.jsonl without `seconds`; a torn row would not parse."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in lines]
 
 
 def weights_of(out) -> dict:
@@ -174,4 +223,5 @@ def assert_same_run(out, other):
         for name in one[t]:
             assert torch.equal(one[t][name], two[t][name]), f"iteration {t}: {name} differs"
     assert rows_of(out) == rows_of(other)
-    assert not list(Path(out).glob("*tmp*")), "a half-written file was left"
+    names = [{path.name for path in Path(folder).iterdir()} for folder in (out, other)]
+    assert names[0] == names[1], "a file was left over, or is missing"

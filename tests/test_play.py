@@ -1,7 +1,7 @@
 """Self-play in train.py: who generates, who is frozen, what is learned from, and how it is weighed.
 
-The oracles are the saved weights read with `logp_by_hand`, the exact probability of every answer a
-tiny model can give, every outcome of a few draws, and sums in plain Python.
+The oracles are the saved weights read with `logp_by_hand`, the exact probability of every response
+that a tiny model can give, every outcome of a few draws, and sums in plain Python.
 """
 import itertools
 import json
@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -16,9 +17,10 @@ from torch.testing import assert_close
 import sample
 import train
 from conftest import exact_probabilities, gpt2_by_hand, known_mistake, logp_by_hand, tiny_gpt
+from data.responses import sft_responses
+from data.run.checkpoint import load_policy, save_policy
 from data.tokenizer import ANSWER, load_encoding
 from data.world import World
-from sample import load_checkpoint, save_checkpoint
 from train import Config
 
 ROWS = [{"family": "f", "prompt": "Flip it.", "split": "train", "line": 1,
@@ -27,6 +29,7 @@ ROWS = [{"family": "f", "prompt": "Flip it.", "split": "train", "line": 1,
          "responses": {"heads": 0.5, "tea": 0.5}},
         {"family": "f", "prompt": "Name one of three, please.", "split": "train", "line": 3,
          "responses": {"tea": 0.5, "gold tin": 0.4, "pine": 0.1}}]
+TRAIN = [0, 2]
 SPECIAL = load_encoding()._special_tokens
 NEGATIVES = 24
 
@@ -38,37 +41,49 @@ def framed(text):
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory):
-    """A world of three prompts, and three saved iterations that answer unlike each other."""
+    """A world of three prompts, and three saved policies that respond unlike each other."""
     out = tmp_path_factory.mktemp("play")
-    world = World(ROWS, load_encoding(), samples=8, seed=0, block_size=32)
+    world = World(ROWS, load_encoding(), 8, 0, 32)
     likely = sorted({token for data in world.data for y in data for token in y})
     models = []
     for t in range(3):
         model = tiny_gpt(vocab_size=512, block_size=32, seed=t)
-        with torch.no_grad():  # the tokens of right answers come often, others now and then
+        with torch.no_grad():  # the tokens of right responses come often, others now and then
             model.ln_f.bias += 0.8
             model.wte.weight[likely] += 0.8
-        save_checkpoint(out / f"iteration_{t}.pt", model, world)
+        save_policy(out / f"iteration_{t}.pt", model, world)
         models.append(model)
     return world, Config(out=str(out), negatives=NEGATIVES, anchor="none"), models
 
 
+def changed(config, **change) -> Config:
+    return Config(**vars(config) | change)
+
+
+def self_play(play, t, **change):
+    """The table of responses that the opponent p_t gives."""
+    world, config, models = play
+    run = SimpleNamespace(world=world, policy=lambda k: models[k])
+    return train.self_play(models[t], changed(config, **change), t, run)
+
+
 def table_of(responses):
     """{(prompt number, response): row number}."""
-    return {(p, tuple(y[:n])): row for row, (p, y, n) in enumerate(zip(
-        *(x.tolist() for x in (responses.prompt_N, responses.tokens_NS, responses.length_N))))}
+    keys = [(p, y) for p, some in enumerate(responses.trees.responses) for y in some]
+    assert [p for p, _ in keys] == responses.prompt_N.tolist()
+    return {key: row for row, key in enumerate(keys)}
 
 
-def logps_by_hand(model, world, responses):
+def logps_by_hand(model, responses):
     """log p(y|x) of every row of a table, one token at a time."""
-    return torch.tensor([logp_by_hand(model, framed(world.rows[p]["prompt"]), y)
-                         for p, y in table_of(responses)])
+    return np.array([logp_by_hand(model, framed(ROWS[p]["prompt"]), y)
+                     for p, y in table_of(responses)])
 
 
-def whose(values_N, models, world, responses) -> str:
-    """": these are iteration k's", if they are."""
-    return known_mistake(values_N, {f"these are the log-probs of iteration {k}'s model":
-                                    logps_by_hand(model, world, responses)
+def whose(values_N, models, responses) -> str:
+    """": these are p_k's", if they are."""
+    return known_mistake(values_N, {f"these are the log-probs of p_{k}":
+                                    logps_by_hand(model, responses)
                                     for k, model in enumerate(models)}, tolerance=1e-3)
 
 
@@ -79,12 +94,12 @@ SHORT = [list(y) for n in (1, 2, 3) for y in itertools.product(range(4), repeat=
 
 @pytest.mark.parametrize("vocab_size, longest, prompts, n", [
     (4, 3, [[2, 0], [1]], 20_000), (300, 1, [[7, 9]], 30_000), (4, 1, SHORT, 400)],
-    ids=["whole answers", "a wide vocabulary", "many prompts"])
+    ids=["whole responses", "a wide vocabulary", "many prompts"])
 def test_negatives_are_samples_of_p_t_itself(vocab_size, longest, prompts, n):
-    """At temperature 1, nothing cut off, or the theorems do not apply. Chi-square over answers."""
+    """At temperature 1, nothing cut off, or the theorems do not apply. (A chi-square test.)"""
     model, end = tiny_gpt(vocab_size=vocab_size, seed=3), 3
-    world = SimpleNamespace(prompts=prompts, max_new_tokens=longest, end_token=end, device="cpu")
-    drawn = train.draw(model, world, Config(negatives=n), t=1)
+    world = SimpleNamespace(prompts=prompts, max_new_tokens=longest, end_token=end)
+    drawn = train.sample_responses(model, world, Config(negatives=n), t=0)
     assert [counts.total() for counts in drawn] == [n] * len(prompts), "`negatives` for each prompt"
     exact = [exact_probabilities(model, x, longest, end) for x in prompts]
     assert [c.keys() - p.keys() for c, p in zip(drawn, exact)] == [set()] * len(prompts), (
@@ -96,7 +111,7 @@ def test_negatives_are_samples_of_p_t_itself(vocab_size, longest, prompts, n):
             model, x, longest, end, heat).values()]) for heat in (0.5, 0.7, 0.8, 1.2)}
     hint = known_mistake(got, tempered, tolerance=0.01)
     if all(len(counts) == 1 for counts in drawn):
-        hint = ": always the same answer is greedy decoding, not a sample"
+        hint = ": always the same response is greedy decoding, not a sample"
     elif bool(((got == 0) & (n * right > 30)).any()):
         hint = ": rare tokens never come; is the distribution truncated (top-k, top-p)?"
     seen = n * right >= 5
@@ -105,13 +120,13 @@ def test_negatives_are_samples_of_p_t_itself(vocab_size, longest, prompts, n):
     assert chi2 - cells < 5 * math.sqrt(2 * cells), f"chi-square {chi2:.0f} on {cells} cells{hint}"
 
 
-def test_truncated_answers_carry_no_end(play):
-    """A generation cut short is no finished answer: END there would be scored, and learned."""
+def test_truncated_responses_carry_no_end(play):
+    """A generation cut short is no finished response: END there would be scored, and learned."""
     world, config, models = play
-    drawn = train.draw(models[0], world, config, 1)
+    drawn = train.sample_responses(models[0], world, config, 0)
     cut = [y for counts in drawn for y in counts if len(y) == world.max_new_tokens]
     assert sum(y[-1] != world.end_token for y in cut) > 10, (
-        "this model rambles on, yet its longest answers all end with END: did you add it?")
+        "this model rambles on, yet its longest responses all end with END: did you add it?")
     for counts in drawn:
         for y in counts:
             assert world.end_token not in y[:-1] and len(y) <= world.max_new_tokens, y
@@ -119,18 +134,19 @@ def test_truncated_answers_carry_no_end(play):
                 f"{y} was finished by END, or ends before its time")
 
 
-def test_draws_depend_on_seed_and_iteration_alone(play):
+def test_samples_depend_on_seed_and_iteration_alone(play):
     world, config, models = play
-    once = train.draw(models[0], world, config, 1)
+    once = train.sample_responses(models[0], world, config, 1)
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
-    assert train.draw(models[0], world, config, 1) == once, "a resumed run must draw the same again"
+    assert train.sample_responses(models[0], world, config, 1) == once, (
+        "a resumed run must draw the same again")
     assert torch.equal(before, torch.random.get_rng_state()), "use a generator of its own"
-    assert train.draw(models[0], world, config, 2) != once, "each iteration draws anew"
-    assert train.draw(models[0], world, Config(**vars(config) | {"seed": 1}), 1) != once
+    assert train.sample_responses(models[0], world, config, 2) != once, "each iteration draws anew"
+    assert train.sample_responses(models[0], world, changed(config, seed=1), 1) != once
 
 
-def test_prompts_are_framed_alike_for_training_generation_and_talk(play, monkeypatch, capsys):
+def test_prompts_are_framed_alike_for_training_generation_and_sampling(play, monkeypatch):
     """Tokens of x, then ANSWER. Framed otherwise, the model is asked what it never learned."""
     world, config, models = play
     asked = []
@@ -138,265 +154,332 @@ def test_prompts_are_framed_alike_for_training_generation_and_talk(play, monkeyp
     def spy(model, prompts, **settings):
         asked.extend(tuple(x) for x in prompts)
         return [[world.end_token]] * len(prompts)
+
+    def read_by_training(responses):
+        batches = [responses.batch([p]).trees for p in range(len(ROWS))]
+        return {tuple(trees.token_M[:trees.scored_U[0] + 1].tolist()) for trees in batches}
+    right = {tuple(framed(row["prompt"])) for row in ROWS}
+    for responses in (sft_responses(world), self_play(play, 0)):
+        learned = read_by_training(responses)
+        assert learned == right, f"training reads {learned - right}, expected {right}"
     monkeypatch.setattr(train, "generate", spy)
     monkeypatch.setattr(sample, "generate", spy)
-    right = {tuple(framed(row["prompt"])) for row in ROWS}
-    train.draw(models[0], world, config, 1)
+    train.sample_responses(models[0], world, config, 0)
     assert set(asked) == right, f"self-play asks {set(asked) - right}, training learns {right}"
-    table = world.tabulate()
-    learned = {tuple(x[:n].tolist()) for x, n in zip(table.prompt_PT, table.prompt_length_P)}
-    assert learned == right, f"training reads {learned - right}, expected {right}"
     asked.clear()
-    sample.main(sample.Talk(out=config.out, samples=1, prompt=["Flip it."], show=1))
+    sample.main(sample.SampleConfig(out=config.out, samples=1, prompt=["Flip it."], show=1))
     assert set(asked) == {tuple(framed("Flip it."))}, f"sample.py asks {set(asked)}"
+
+
+@pytest.mark.parametrize("t", [0, 1, 2])
+def test_opponent_scores_what_it_generated(play, t):
+    """One and the same frozen model draws y' and gives log p_t, of every response, once."""
+    world, config, models = play
+    responses = self_play(play, t)
+    drawn = train.sample_responses(models[t], world, config, t)
+    rows = table_of(responses)
+    got = {key for key, row in rows.items()
+           if responses.generated_N[row] > 0 and responses.real_N[row] == 0}
+    right = {(p, y) for p, counts in enumerate(drawn) for y in counts if not world.real[p].get(y)}
+    assert got == right, f"iteration {t}: negatives that its opponent did not draw"
+    assert np.abs(responses.opponent_N - logps_by_hand(models[t], responses)).max() < 1e-4, (
+        f"iteration {t}: log p_t is not that of the model that generated"
+        + whose(responses.opponent_N, models, responses))
 
 
 # ---- The opponent: frozen within an iteration, renewed between ----------------------------------
 
-@pytest.mark.parametrize("opponent, right", [("previous", [0, 1, 2]), ("sft", [0, 0, 0])])
-def test_opponent_is_what_the_iteration_before_saved(play, opponent, right):
-    """--opponent sft keeps iteration 0 for ever: DPO with self-generated negatives."""
-    _, config, models = play
-    for t, k in enumerate(right, 1):
-        model = train.frozen_opponent(Config(**vars(config) | {"opponent": opponent}), t, "cpu")
-        same = [all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters()))
-                for saved in models]
-        assert same[k] and sum(same) == 1, (
-            f"--opponent {opponent}, iteration {t}: expected the model of iteration {k}, you took "
-            f"that of {same.index(True) if any(same) else 'none that was saved'}")
+def run_of(folder, **change):
+    """A run of train.main, spied on: its saved policies, its opponents, what each step compared."""
+    opponents, steps, patch = [], [], pytest.MonkeyPatch()
+    exact_loss, exact_play = train.spin_loss, train.self_play
 
+    def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, *rest):
+        steps.append({"player, real": policy_real_B.detach(), "opponent, real": opponent_real_B,
+                      "player, generated": policy_generated_B.detach(),
+                      "opponent, generated": opponent_generated_B})
+        return exact_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B,
+                          *rest)
 
-@pytest.mark.parametrize("t, opponent", [(1, "previous"), (2, "previous"), (3, "previous"),
-                                         (3, "sft")])
-def test_opponent_scores_what_it_generated(play, t, opponent):
-    """One and the same frozen model draws y' and gives log p_t, of every response, once."""
-    world, config, models = play
-    config = Config(**vars(config) | {"opponent": opponent})
-    model = models[0 if opponent == "sft" else t - 1]
-    responses = train.self_play(world, config, t)
-    drawn = train.draw(model, world, config, t)
-    got = {key for key, row in table_of(responses).items()
-           if responses.generated_N[row] > 0 and responses.real_N[row] == 0}
-    right = {(p, y) for p, counts in enumerate(drawn) for y in counts
-             if not world.real[p].get(y)}
-    assert got == right, f"iteration {t}: negatives that its opponent did not draw"
-    right_N = logps_by_hand(model, world, responses)
-    assert (responses.opponent_N - right_N).abs().max() < 1e-4, (
-        f"iteration {t}: log p_t is not that of the model that generated"
-        + whose(responses.opponent_N, models, world, responses))
-    assert not responses.opponent_N.requires_grad, "the opponent must not learn"
+    def self_play(opponent, config, t, run):
+        opponents.append(opponent)
+        return exact_play(opponent, config, t, run)
+    patch.setattr(train, "spin_loss", spin_loss)
+    patch.setattr(train, "self_play", self_play)
+    patch.setattr("data.run.checkpoint.draw_convergence", lambda *args: b"")
+    patch.setattr("data.run.checkpoint.draw_gif", lambda *args: b"")
+    path = folder / "world.jsonl"
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "line"}) + "\n"
+                            for row in ROWS), encoding="utf-8")
+    config = Config(**{**dict(
+        iters=3, sft_steps=4, steps=4, reports=1, n_layer=1, n_head=1, n_embd=16, negatives=8,
+        batch_size=64, lr=0.05, block_size=32, device="cpu", sft_samples=8, data=str(path),
+        out=str(folder / "out")), **change})
+    train.main(config)
+    patch.undo()
+    saved = [load_policy(Path(config.out) / f"iteration_{t}.pt")[0] for t in range(4)]
+    return SimpleNamespace(saved=saved, opponents=opponents, steps=steps)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two iterations of train.main: what each step gave to spin_loss, and the saved models."""
-    folder, steps, patch = tmp_path_factory.mktemp("run"), [], pytest.MonkeyPatch()
-    path, exact = folder / "world.jsonl", train.spin_loss
-    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "line"}) + "\n"
-                            for row in ROWS))
-
-    def spy(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, *rest):
-        steps.append((policy_real_B.detach(), opponent_real_B, policy_generated_B.detach(),
-                      opponent_generated_B))
-        return exact(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B,
-                     *rest)
-    patch.setattr(train, "spin_loss", spy)
-    for name in ("draw_convergence", "draw_gif"):
-        patch.setattr(train, name, lambda out: None)
-    config = Config(iters=2, sft_steps=4, steps=4, reports=1, n_layer=1, n_head=1, n_embd=16,
-                    negatives=8, batch_size=64, lr=0.05, block_size=32, device="cpu", sft_samples=8,
-                    data=str(path), out=str(folder / "out"))
-    train.main(config)
-    patch.undo()
-    saved = [load_checkpoint(Path(config.out) / f"iteration_{t}.pt")[0] for t in range(3)]
-    return World(ROWS, load_encoding(), 8, 0, 32), steps, saved
+    return run_of(tmp_path_factory.mktemp("run"))
 
 
-def real_logps(world, model) -> list[float]:
-    """log p of each response of the SFT set, train prompts only, sorted."""
-    return sorted(logp_by_hand(model, framed(ROWS[p]["prompt"]), y)
-                  for p in (0, 2) for y, share in world.real[p].items() if share)
+@pytest.fixture(scope="module")
+def run_against_sft(tmp_path_factory):
+    return run_of(tmp_path_factory.mktemp("sft"), opponent="sft")
+
+
+def same_weights(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+@pytest.mark.parametrize("name, right", [("run", [0, 1, 2]), ("run_against_sft", [0, 0, 0])])
+def test_opponent_is_a_frozen_copy_of_p_t(name, right, request):
+    """Even after the iteration. --opponent sft keeps p_0 for ever: DPO with its own negatives."""
+    run = request.getfixturevalue(name)
+    for t, (opponent, k) in enumerate(zip(run.opponents, right, strict=True)):
+        same = [same_weights(opponent, saved) for saved in run.saved]
+        assert same[k] and sum(same) == 1, (
+            f"iteration {t}: the opponent must be a frozen copy of p_{k}; yours is now "
+            + (f"p_{same.index(True)}" if any(same) else "none that was saved")
+            + (": it learned with the player" if any(same[k + 1:]) or not any(same) else ""))
 
 
 def test_opponent_is_frozen_within_an_iteration(run):
-    """Its log-probs are the same tensor of numbers at every step, while the player's move."""
-    _, steps, _ = run
-    assert len(steps) == 8
-    for first in (0, 4):
-        start = steps[first]
-        for step in steps[first + 1:first + 4]:
-            for k, name in ((1, "real"), (3, "generated")):
-                assert step[k].shape == start[k].shape and torch.equal(step[k], start[k]), (
-                    f"log p_t of {name} responses changes within an iteration: drawn from, or "
+    """Its log-probs are the same numbers at every step, while the player's move."""
+    assert len(run.steps) == 12
+    for first in (0, 4, 8):
+        start = run.steps[first]
+        for step in run.steps[first + 1:first + 4]:
+            for kind in ("real", "generated"):
+                one, two = start[f"opponent, {kind}"], step[f"opponent, {kind}"]
+                assert one.shape == two.shape and torch.equal(one.sort()[0], two.sort()[0]), (
+                    f"log p_t of {kind} responses changes within an iteration: drawn from, or "
                     f"scored by, the live player?")
-            assert not torch.equal(step[0], start[0]), "the player did not move"
+            assert not torch.equal(step["player, real"].sort()[0], start["player, real"].sort()[0])
 
 
-def test_opponent_is_renewed_between_iterations(run):
-    world, steps, saved = run
-    for t, step in ((1, steps[0]), (2, steps[4])):
-        got = sorted(set(step[1].tolist()))
-        hint = known_mistake(got, {f"these are iteration {k}'s": real_logps(world, model)
-                                   for k, model in enumerate(saved)}, tolerance=1e-3)
-        assert got == pytest.approx(real_logps(world, saved[t - 1]), abs=1e-4), (
-            f"iteration {t} must be scored against what iteration {t - 1} saved{hint}")
+def real_logps(model):
+    """log p of each response of the SFT set, sorted."""
+    real = World(ROWS, load_encoding(), 8, 0, 32).real
+    return sorted(logp_by_hand(model, framed(ROWS[p]["prompt"]), y) for p in TRAIN for y in real[p])
+
+
+@pytest.mark.parametrize("name, right", [("run", [0, 1, 2]), ("run_against_sft", [0, 0, 0])])
+def test_opponent_is_renewed_between_iterations(name, right, request):
+    run = request.getfixturevalue(name)
+    for t, k in enumerate(right):
+        got = sorted(set(run.steps[4 * t]["opponent, real"].tolist()))
+        hint = known_mistake(got, {f"these are p_{i}'s": real_logps(model)
+                                   for i, model in enumerate(run.saved)}, tolerance=1e-3)
+        assert got == pytest.approx(real_logps(run.saved[k]), abs=1e-4), (
+            f"iteration {t} must be scored by p_{k}{hint}")
 
 
 def test_player_starts_each_iteration_as_its_own_opponent(run):
     """θ starts at θ_t, so that all margins are 0 and the first loss is log 2."""
-    for start in (run[1][0], run[1][4]):
-        assert_close(start[0], start[1], atol=1e-4, rtol=0)
-        assert_close(start[2], start[3], atol=1e-4, rtol=0)
+    for start in run.steps[::4]:
+        for kind in ("real", "generated"):
+            assert_close(start[f"player, {kind}"], start[f"opponent, {kind}"], atol=1e-4, rtol=0,
+                         msg=lambda text: f"the player does not start as p_t: {text}")
+
+
+def test_player_goes_on_from_p_t_against_the_sft_model_too(run_against_sft):
+    """--opponent sft changes whom the player meets, not where it starts."""
+    for t in range(3):
+        got = sorted(set(run_against_sft.steps[4 * t]["player, real"].tolist()))
+        assert got == pytest.approx(real_logps(run_against_sft.saved[t]), abs=1e-4)
 
 
 def test_no_gradient_reaches_the_opponent(run):
-    assert not any(step[1].requires_grad or step[3].requires_grad for step in run[1])
+    assert not any(step[f"opponent, {kind}"].requires_grad
+                   for step in run.steps for kind in ("real", "generated"))
+    assert all(p.grad is None for opponent in run.opponents for p in opponent.parameters()), (
+        "the opponent was trained")
 
 
 # ---- What is learned from: known shares, history ------------------------------------------------
 
-def test_self_play_weighs_known_responses_by_p_t_and_the_others_by_their_draws(play):
+def test_self_play_weighs_known_responses_by_p_t_and_the_others_by_their_samples(play):
     world, config, models = play
-    responses = train.self_play(world, config, 2)
-    drawn, rows = train.draw(models[1], world, config, 2), table_of(responses)
-    logp_N = logps_by_hand(models[1], world, responses).tolist()
+    responses = self_play(play, 1)
+    drawn, rows = train.sample_responses(models[1], world, config, 1), table_of(responses)
+    logp_N = logps_by_hand(models[1], responses).tolist()
     for p, counts in enumerate(drawn):
-        mine = {y: row for (q, y), row in rows.items() if q == p}
-        known = {y: math.exp(logp_N[row]) for y, row in mine.items() if world.real[p].get(y)}
+        of_prompt = {y: row for (q, y), row in rows.items() if q == p}
+        known = {y: math.exp(logp_N[row]) for y, row in of_prompt.items() if world.real[p].get(y)}
         others = {y: c for y, c in counts.items() if y not in known}
         share = known | {y: (1 - sum(known.values())) * c / sum(others.values())
                          for y, c in others.items()}
-        for y, row in mine.items():
-            assert responses.generated_N[row].item() == pytest.approx(share.get(y, 0), abs=1e-5), y
-    assert torch.equal(responses.negative_N, responses.generated_N), "no history: one and the same"
+        for y, row in of_prompt.items():
+            assert responses.generated_N[row] == pytest.approx(share.get(y, 0), abs=1e-5), y
+    assert (responses.own_N == responses.generated_N).all(), "no history: one and the same"
 
 
-def test_known_shares_keep_the_expectation():
-    """Over all outcomes of 3 draws among 4 responses, the mean share of each is p_t, exactly."""
-    p, n, known = [0.1, 0.2, 0.3, 0.4], 3, 2
-    mean, second, chance = [0.0] * 4, [0.0] * 4, 0.0
-    for outcome in itertools.product(range(4), repeat=n):
-        if max(outcome) < known:
-            continue  # no other response was drawn, so none can stand for the rest
-        table = one_prompt([outcome.count(y) / n for y in range(4)], p, known)
-        table.know_shares()
-        weight = math.prod(p[y] for y in outcome)
-        chance += weight
-        for y, share in enumerate(table.generated_N.tolist()):
-            mean[y] += weight * share
-            second[y] += weight * share**2
-    right = [q * chance for q in p]
-    assert mean == pytest.approx(right, rel=1e-6), f"{mean}, expected {right}"
-    for y in range(4):  # the variance of the share, against that of counting, p(1 − p)/n
-        noise = second[y] / chance - p[y]**2
-        assert noise < 1e-6 if y < known else noise < p[y] * (1 - p[y]) / n
-
-
-def one_prompt(generated, p, known):
-    """A table of one prompt; p_t is known of the first `known` responses, those of the SFT set."""
-    one = World([ROWS[0]], load_encoding(), 8, 0, 32).tabulate()
-    one.prompt_N = torch.zeros(len(p), dtype=torch.long)
-    one.real_N = torch.tensor([1 / known] * known + [0.0] * (len(p) - known), dtype=torch.float64)
-    one.generated_N = torch.tensor(generated, dtype=torch.float64)
-    one.opponent_N = torch.tensor(p, dtype=torch.float64).log()
-    return one
-
-
-def test_history_mixes_in_the_draws_of_the_iteration_before(play):
-    """Half the negatives are p_{t−1}'s draws, the same as then; all are scored by p_t."""
+def test_history_mixes_in_the_samples_of_the_iteration_before(play):
+    """Half the negatives are p_{t−1}'s samples, the same as then; all are scored by p_t."""
     world, config, models = play
-    config = Config(**vars(config) | {"history": 1})
-    responses = train.self_play(world, config, 2)
-    rows, older = table_of(responses), train.draw(models[0], world, config, 1)
+    responses = self_play(play, 1, history=1)
+    rows, older = table_of(responses), train.sample_responses(models[0], world, config, 0)
     for (p, y), row in rows.items():
-        share = older[p][y] / NEGATIVES
-        assert responses.older_N[row].item() == pytest.approx(share, abs=1e-6)
-        assert responses.negative_N[row].item() == pytest.approx(
-            (responses.generated_N[row].item() + share) / 2, abs=1e-6)
+        assert responses.generated_N[row] == pytest.approx(
+            (responses.own_N[row] + older[p][y] / NEGATIVES) / 2, abs=1e-6)
     assert {(p, y) for p, counts in enumerate(older) for y in counts} <= set(rows)
-    right_N = logps_by_hand(models[1], world, responses)
-    assert (responses.opponent_N - right_N).abs().max() < 1e-4, (
-        "older draws are scored by the current opponent, like the rest"
-        + whose(responses.opponent_N, models, world, responses))
-    first = train.self_play(world, config, 1)
-    assert not first.older_N.any() and torch.equal(first.negative_N, first.generated_N), (
-        "before the first iteration there is no older opponent")
+    own = self_play(play, 1)
+    own_rows = table_of(own)
+    for key, row in rows.items():
+        was = own.own_N[own_rows[key]] if key in own_rows else 0
+        assert responses.own_N[row] == pytest.approx(was, abs=1e-6), "the anchor needs p_t's alone"
+    assert np.abs(responses.opponent_N - logps_by_hand(models[1], responses)).max() < 1e-4, (
+        "older samples are scored by the current opponent, like the rest"
+        + whose(responses.opponent_N, models, responses))
+    first = self_play(play, 0, history=1)
+    assert (first.generated_N == first.own_N).all(), "before iteration 0 there is no older opponent"
 
 
 # ---- The objectives -----------------------------------------------------------------------------
 
-def batch_of(play):
-    """(batch of the train prompts, player, log-probs by hand, {prompt: its rows})."""
-    world, config, models = play
-    whole = train.self_play(world, config, 1)
-    batch = whole.select(world.splits["train"])
-    logp_N = logps_by_hand(models[2], world, whole)[torch.isin(whole.prompt_N,
-                                                               world.splits["train"])].tolist()
-    mine = {p: (batch.prompt_N == p).nonzero()[:, 0].tolist() for p in range(2)}
-    return batch, models[2], logp_N, mine
+@pytest.fixture(scope="module")
+def batch(play):
+    """The batch of the train prompts, and all about its rows in plain Python, log p by hand."""
+    table, player = self_play(play, 0), play[2][2]
+    batch = table.batch(TRAIN)
+    keys = [key for key in table_of(table) if key[0] in TRAIN]
+    by_hand = SimpleNamespace(
+        y=[y for _, y in keys],
+        player=[logp_by_hand(player, framed(ROWS[p]["prompt"]), y) for p, y in keys],
+        rows=[[n for n, key in enumerate(keys) if key[0] == p] for p in TRAIN],
+        **{name: getattr(batch, f"{name}_N").tolist() for name in ("real", "data", "own",
+                                                                   "opponent")})
+    by_hand.generated = by_hand.own  # no history
+    by_hand.ratio = [a - b for a, b in zip(by_hand.player, by_hand.opponent)]
+    return batch, by_hand
 
 
-def test_sft_loss_is_minus_the_mean_log_probability_of_the_sft_set(play):
-    batch, player, logp_N, mine = batch_of(play)
-    total, loss = train.sft_objective(player, batch, play[1])
-    real, data, length = (x.tolist() for x in (batch.real_N, batch.data_N, batch.length_N))
-    mean = lambda weight: -sum(weight[n] * logp_N[n] for rows in mine.values() for n in rows) / 2
+def test_sft_objective_is_minus_the_mean_log_probability_of_the_sft_set(play, batch):
+    batch, by_hand = batch
+    total = train.sft_objective(play[2][2], batch, play[1])
+    mean = lambda weight: -sum(weight[n] * by_hand.player[n]
+                               for rows in by_hand.rows for n in rows) / len(TRAIN)
+    real, length = by_hand.real, [len(y) for y in by_hand.y]
     right = mean(real)
-    assert loss.item() == pytest.approx(right, abs=1e-4), f"{loss.item()}, expected {right}" + (
-        known_mistake(loss.item(), {
+    assert total.item() == pytest.approx(right, abs=1e-4), f"{total.item()}, expected {right}" + (
+        known_mistake(total.item(), {
             "minus is missing": -right, "you summed over the prompts; take their mean": 2 * right,
-            "weigh by the SFT set (real_N), not by p_data, which training may not know": mean(data),
+            "weigh by the SFT set (real_N), not by p_data, which training may not know":
+                mean(by_hand.data),
             "all rows are counted alike; weigh them by real_N": mean([1.0] * len(real)),
             "the mask is inverted: what is not in the SFT set is learned":
                 mean([float(share == 0) for share in real]),
             "you averaged over tokens; a log-probability is a sum":
                 mean([share / n for share, n in zip(real, length)]),
             "the mean is over prompts, not over rows": right * 2 / len(real)}))
-    assert total.item() == loss.item() and total.requires_grad
+    assert total.requires_grad and total.shape == ()
 
 
-def spin_by_hand(batch, logp_N, mine, lam, both_real=False, sign=1):
+MU = 1.5
+FORMULAS = {  # the loss of one pair of log-ratios; the factor that gives it SFT's first gradient
+    "logistic": (lambda r, s, lam: math.log1p(math.exp(-lam * (r - s))), lambda lam: 2 / lam),
+    "hinge": (lambda r, s, lam: max(0.0, 1 - lam * (r - s)), lambda lam: 1 / lam),
+    "exponential": (lambda r, s, lam: math.exp(-lam * (r - s)), lambda lam: 1 / lam),
+    "correlation": (lambda r, s, lam: 1 - lam * (r - s), lambda lam: 1 / lam),
+    "space": (lambda r, s, lam: math.log(1 + MU * math.exp(-r)) + MU * math.log(
+        1 + math.exp(s) / MU), lambda lam: (1 + MU) / MU),
+}
+
+
+def spin_by_hand(by_hand, loss, lam, both_real=False, sign=1):
     """Eq. 4.7 over all pairs of each prompt, mean over the prompts."""
     total = 0.0
-    opponent, real, negative = (x.tolist() for x in (batch.opponent_N, batch.real_N,
-                                                     batch.negative_N))
-    ratio = [a - b for a, b in zip(logp_N, opponent)]
-    for rows in mine.values():
+    for rows in by_hand.rows:
         for i, j in itertools.product(rows, rows):
-            u = sign * lam * (ratio[i] - ratio[i if both_real else j])
-            total += real[i] * negative[j] * math.log1p(math.exp(-u)) / len(mine)
-    return total
+            r, s = sign * by_hand.ratio[i], sign * by_hand.ratio[i if both_real else j]
+            total += by_hand.real[i] * by_hand.generated[j] * FORMULAS[loss][0](r, s, lam)
+    return total / len(TRAIN)
 
 
-@pytest.mark.parametrize("lam", [0.5, 2.0])
-def test_spin_objective_compares_every_real_with_every_generated_response(play, lam):
-    batch, player, logp_N, mine = batch_of(play)
-    config = Config(**vars(play[1]) | {"lam": lam})
-    total, loss = train.spin_objective(player, batch, config)
-    right = spin_by_hand(batch, logp_N, mine, lam)
-    assert loss.item() == pytest.approx(right, abs=1e-4), f"{loss.item()}, expected {right}" + (
-        known_mistake(loss.item(), {
-            "real and generated responses share one log-ratio: the same labels for both?":
-                spin_by_hand(batch, logp_N, mine, lam, both_real=True),
-            "the sign of the margin is flipped": spin_by_hand(batch, logp_N, mine, lam, sign=-1),
-            "you summed over the prompts": 2 * right}))
-    assert total.item() == pytest.approx(2 / lam * right, abs=1e-4), "minimised: L · 2/λ"
+def test_every_loss_has_its_formula_here():
+    assert FORMULAS.keys() == train.LOSSES.keys()
 
 
-def test_first_step_follows_sft_minus_what_the_opponent_says(play):
-    """At θ = θ_t: ∇L·2/λ = −∇(Σ real log p − Σ generated log p). From a live opponent: 0."""
-    world, config, models = play
-    batch, player = batch_of(play)[0], models[0]
-    total, _ = train.spin_objective(player, batch, config)
+@pytest.mark.parametrize("loss, lam", [("logistic", 0.5), *((loss, 2.0) for loss in FORMULAS)])
+def test_spin_objective_compares_every_real_with_every_generated_response(play, batch, loss, lam):
+    batch, by_hand = batch
+    config = changed(play[1], lam=lam, loss=loss, mu=MU)
+    total = train.spin_objective(play[2][2], batch, config)
+    scale = FORMULAS[loss][1](lam)
+    plain, right = total.item() / scale, spin_by_hand(by_hand, loss, lam)
+    hint = known_mistake(plain, {
+        "real and generated responses share one log-ratio: the same labels for both?":
+            spin_by_hand(by_hand, loss, lam, both_real=True),
+        "the sign of the margin is flipped": spin_by_hand(by_hand, loss, lam, sign=-1),
+        "you summed over the prompts": 2 * right,
+        "the loss is not scaled to SFT's first gradient": right / scale})
+    assert plain == pytest.approx(right, rel=1e-4), f"{plain}, expected {right}{hint}"
+    assert total.requires_grad and total.shape == ()
+
+
+def dpo_by_hand(by_hand, lam):
+    """Pairs of the opponent's own responses, the one that p_data prefers first.
+
+    A mean over the pairs that it ranks, then over the prompts.
+    """
+    means = []
+    for rows in by_hand.rows:
+        total = weights = 0.0
+        for i, j in itertools.product(rows, rows):
+            if by_hand.data[i] > by_hand.data[j]:
+                weight = by_hand.generated[i] * by_hand.generated[j]
+                weights += weight
+                total += weight * FORMULAS["logistic"][0](by_hand.ratio[i], by_hand.ratio[j], lam)
+        means.append(total / max(weights, 1e-3))
+    return sum(means) / len(means)
+
+
+def test_dpo_objective_ranks_the_opponents_own_responses(play, batch):
+    batch, by_hand = batch
+    total = train.dpo_objective(play[2][2], batch, changed(play[1], lam=0.5))
+    assert total.item() == pytest.approx(2 / 0.5 * dpo_by_hand(by_hand, 0.5), rel=1e-4)
+    assert total.requires_grad and total.shape == ()
+
+
+@pytest.mark.parametrize("method", ["spin", "dpo"])
+def test_anchor_is_added_to_the_scaled_loss(play, batch, method):
+    batch, by_hand = batch
+    objective = train.OBJECTIVES[method]
+    value = lambda **change: objective(play[2][2], batch, changed(play[1], lam=0.5,
+                                                                 **change)).item()
+    plain = value(anchor="none")
+    sft = -sum(w * logp for w, logp in zip(by_hand.real, by_hand.player)) / len(TRAIN)
+    assert value(anchor="sft", anchor_weight=3.0) - plain == pytest.approx(3 * sft, rel=1e-4)
+    leak = 0.0
+    for rows in by_hand.rows:
+        m = min(1.0, sum(by_hand.own[n] * math.exp(by_hand.ratio[n]) for n in rows))
+        leak += (1 - m) * math.log(1 / m) / len(TRAIN)
+    assert leak > 1e-3, "this player must have leaked, or the test shows nothing"
+    assert value(anchor="mass", anchor_weight=3.0) - plain == pytest.approx(3 * leak, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", FORMULAS)
+def test_first_step_follows_sft_minus_what_the_opponent_says(play, batch, loss):
+    """At θ = θ_t, for every loss: the scaled ∇L = −∇(Σ real log p − Σ generated log p).
+
+    Against a live opponent it would be 0.
+    """
+    (batch, by_hand), player = batch, play[2][0]
+    total = train.spin_objective(player, batch, changed(play[1], loss=loss, mu=MU))
     got = torch.autograd.grad(total, list(player.parameters()))
-    by_hand = 0.0
-    for x_T, m, p, y_S, n, w in zip(*(batch.prompt_PT[batch.prompt_N],
-                                      batch.prompt_length_P[batch.prompt_N], batch.prompt_N,
-                                      batch.tokens_NS, batch.length_N,
-                                      batch.real_N - batch.negative_N)):
-        tokens_1T = torch.cat([x_T[:m], y_S[:n]])[None]
-        logp_TV = gpt2_by_hand(player, tokens_1T)[0, m - 1:-1].log_softmax(1)
-        by_hand = by_hand - w / 2 * logp_TV.gather(1, y_S[:n, None]).sum()
-    right = torch.autograd.grad(by_hand, list(player.parameters()))
+    summed = 0.0
+    for p, rows in zip(TRAIN, by_hand.rows):
+        x = framed(ROWS[p]["prompt"])
+        for n in rows:
+            y_S = torch.tensor(by_hand.y[n])
+            logits_TV = gpt2_by_hand(player, torch.tensor([[*x, *by_hand.y[n]]]))[0]
+            logp_SV = logits_TV[len(x) - 1:-1].log_softmax(1)
+            weight = (by_hand.real[n] - by_hand.generated[n]) / len(TRAIN)
+            summed = summed - weight * logp_SV.gather(1, y_S[:, None]).sum()
+    right = torch.autograd.grad(summed, list(player.parameters()))
     for (name, _), a, b in zip(player.named_parameters(), got, right):
         assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda text: f"gradient of {name}: {text}")

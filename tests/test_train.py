@@ -2,30 +2,35 @@
 
 The oracle recomputes each figure from the saved weights with `logp_by_hand`, one token at a time.
 """
+import copy
+import itertools
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
 from conftest import logp_by_hand
-from data.exact import evaluate
-from data.reader import InputError
+from data.errors import InputError
 from data.responses import all_logps
+from data.run.checkpoint import load_policy
+from data.run.options import parse_args
 from data.tokenizer import frame
-from sample import load_checkpoint
-from train import Config, load_player, main, parse_args, prepare, prompt_order, self_play
+from processes import here
+from spin_loss import LOSSES
+from train import Config, main, new_player, prepare, prompt_batches, self_play
 
-ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "heldout")
-KEYS = ["event", "method", "iteration", "step", "split", "kl", "tv", "off_support", "predicted_kl",
-        "loss", "loss_floor", "logp_real", "logp_generated", "margin", "seconds"]
-SMALL = dict(n_layer=1, n_head=2, n_embd=32, negatives=16, batch_size=96, reports=2, warmup=10)
+KEYS = {"event", "method", "iteration", "step", "split", "kl", "tv", "off_support", "predicted_kl",
+        "predicted_tv", "loss", "loss_floor", "logp_real", "logp_generated", "margin", "families",
+        "seconds"}
+SMALL = dict(n_layer=1, n_head=2, n_embd=32, negatives=16, batch_size=96, reports=2, warmup=10,
+             block_size=32, device="cpu")
 
 
 def write_world(folder) -> str:
@@ -37,7 +42,7 @@ def write_world(folder) -> str:
              {"family": "g", "prompt": "Name a pet.", "split": "train",
               "responses": {"dog": 0.5, "cat": 0.25, "a fish": 0.25}}]
     path = folder / "six.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
@@ -51,12 +56,23 @@ def run(tmp_path_factory):
     return config, rows_of(config)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr("data.run.checkpoint.draw_convergence", lambda *args: b"")
+    monkeypatch.setattr("data.run.checkpoint.draw_gif", lambda *args: b"")
+
+
 def rows_of(config):
-    return [json.loads(line) for line in open(Path(config.out) / "metrics.jsonl")]
+    text = (Path(config.out) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def iteration_rows(rows):
+    return [row for row in rows if row["event"] == "iteration"]
 
 
 def saved(config, t):
-    return load_checkpoint(Path(config.out) / f"iteration_{t}.pt")
+    return load_policy(Path(config.out) / f"iteration_{t}.pt")
 
 
 def by_hand(config, t, prompt):
@@ -65,87 +81,121 @@ def by_hand(config, t, prompt):
     return {y: logp_by_hand(model, *frame(encoding, prompt, y)) for y in world[prompt]}
 
 
-def split_of(config) -> dict:
-    return {row["prompt"]: row["split"] for row in map(json.loads, open(config.data))}
+def prompts_of(config, split) -> list:
+    lines = Path(config.data).read_text(encoding="utf-8").splitlines()
+    return [row["prompt"] for row in map(json.loads, lines) if row["split"] == split]
 
 
 # ---- The promise -------------------------------------------------------------------------------
 
 def test_kl_falls_at_every_iteration(run):
-    _, rows = run
-    kl = [r["kl"] for r in rows if r["event"] == "iteration" and r["split"] == "train"]
+    kl = [row["kl"] for row in iteration_rows(run[1]) if row["split"] == "train"]
     assert kl[0] > 0.5, f"SFT should leave something to do, KL {kl[0]}"
     assert kl[0] > kl[1] > kl[2] and kl[2] < 0.2 * kl[0], kl
 
 
 def test_metrics_hold_one_row_for_each_iteration_and_split(run):
     config, rows = run
-    iterations = [(r["iteration"], r["split"]) for r in rows if r["event"] == "iteration"]
-    assert iterations == [(t, split) for t in range(3) for split in SPLITS]
+    assert [(r["iteration"], r["split"]) for r in iteration_rows(rows)] == [
+        (t, split) for t in range(3) for split in SPLITS]
     for row in rows:
-        assert set(KEYS) <= set(row) and row["event"] in ("iteration", "step"), row
-        assert (row["predicted_kl"] is None) == (row["iteration"] == 0)
+        assert KEYS <= row.keys() and row["event"] in ("iteration", "step"), row
+        assert row["method"] == "spin" and set(row["families"]) <= {"f", "g"}
+        for name in ("predicted_kl", "predicted_tv", "logp_generated", "margin"):
+            assert (row[name] is None) == (row["iteration"] == 0), name
     steps = Counter((r["iteration"], r["split"]) for r in rows if r["event"] == "step")
     assert set(steps.values()) == {config.reports}, steps
+    assert [r["step"] for r in rows if r["event"] == "step" and r["split"] == "train"] == [
+        23, 45, 40, 80, 40, 80]
 
 
 def test_exact_figures_agree_with_a_recount_from_the_saved_weights(run):
     """KL, total variation, off-support mass and Theorem 5.4's prediction, for both splits."""
     config, rows = run
-    for row in (r for r in rows if r["event"] == "iteration"):
-        prompts = [x for x, split in split_of(config).items() if split == row["split"]]
-        kl = tv = off = predicted = 0.0
+    for row in iteration_rows(rows):
+        prompts = prompts_of(config, row["split"])
+        total, families = Counter(), {}
         for x in prompts:
             data, p = saved(config, 0)[2][x], by_hand(config, row["iteration"], x)
-            kl += sum(d * (math.log(d) - p[y]) for y, d in data.items())
+            kl = sum(d * (math.log(d) - p[y]) for y, d in data.items())
             rest = 1 - sum(map(math.exp, p.values()))
-            off += rest
-            tv += (sum(abs(d - math.exp(p[y])) for y, d in data.items()) + rest) / 2
+            families.setdefault("g" if "pet" in x else "f", []).append(kl)
+            total["kl"] += kl
+            total["off_support"] += rest
+            total["tv"] += (sum(abs(d - math.exp(p[y])) for y, d in data.items()) + rest) / 2
+            total["logp_real"] += sum(d * p[y] for y, d in data.items())
             if row["iteration"]:
                 before = by_hand(config, row["iteration"] - 1, x)
                 odds = {y: math.exp(before[y]) * (d / math.exp(before[y])) ** (1 / config.lam)
                         for y, d in data.items()}
-                predicted += sum(d * math.log(d * sum(odds.values()) / odds[y])
-                                 for y, d in data.items())
-        n = len(prompts)
-        assert row["kl"] == pytest.approx(kl / n, abs=1e-4), row
-        assert row["tv"] == pytest.approx(tv / n, abs=1e-4)
-        assert row["off_support"] == pytest.approx(off / n, abs=1e-4)
-        if row["iteration"]:
-            assert row["predicted_kl"] == pytest.approx(predicted / n, abs=1e-4)
+                predicted = {y: odd / sum(odds.values()) for y, odd in odds.items()}
+                total["predicted_kl"] += sum(d * math.log(d / predicted[y])
+                                             for y, d in data.items())
+                total["predicted_tv"] += (rest + sum(abs(q - math.exp(p[y]))
+                                                     for y, q in predicted.items())) / 2
+        for name, value in total.items():
+            assert row[name] == pytest.approx(value / len(prompts), abs=1e-4), name
+        for name, kls in families.items():
+            assert row["families"][name] == pytest.approx(sum(kls) / len(kls), abs=1e-4)
 
 
-def test_loss_starts_at_log_2_and_stays_above_its_floor(run):
-    """A player that is its own opponent is measured at log 2, margin 0, whatever was drawn."""
-    config, rows = run
-    resumed = Config(**vars(config) | {"resume": True})
-    world, _ = prepare(resumed)
-    responses = self_play(world, config, 1)
-    found = evaluate(load_player(config, 0, "cpu"), responses, world, config, 1)
-    for split in SPLITS:
-        assert found[split]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-        assert found[split]["margin"] == pytest.approx(0, abs=1e-5)
-    last = [r for r in rows
-            if (r["event"], r["split"]) == ("iteration", "train") and r["iteration"]]
-    for row in last:
-        assert row["loss_floor"] < row["loss"] < math.log(2), "the draws differ little from p_t"
+def test_loss_lies_between_its_floor_and_log_2(run):
+    for row in iteration_rows(run[1]):
+        if row["iteration"] and row["split"] == "train":
+            assert row["loss_floor"] < row["loss"] < math.log(2), "training must have helped"
+
+
+# ---- Training one policy ------------------------------------------------------------------------
+
+def test_policy_is_the_average_of_the_later_weights(tmp_path, no_figures, monkeypatch):
+    """Of 8 steps, --average 0.5: the mean of the weights after steps 5, 6, 7 and 8."""
+    before, clip = [], train.clip_gradients
+
+    def spy(player, *rest):
+        before.append(player)
+        before.append(copy.deepcopy(player.state_dict()))
+        return clip(player, *rest)
+    monkeypatch.setattr(train, "clip_gradients", spy)
+    config = Config(**SMALL | {"warmup": 2, "average": 0.5}, iters=0, sft_steps=8,
+                    data=write_world(tmp_path), out=str(tmp_path / "out"))
+    main(config)
+    player, after = before[0], [*before[1::2][1:], before[0].state_dict()]
+    assert len(after) == 8
+    for name, p in saved(config, 0)[0].state_dict().items():
+        right = torch.stack([weights[name].double() for weights in after[4:]]).mean(0)
+        torch.testing.assert_close(p.double(), right, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(p, player.state_dict()[name]), f"{name} is the last step's"
+
+
+def test_no_step_takes_a_prompt_twice_and_all_come_equally_often():
+    config = Config(batch_size=32, negatives=8)
+    train_prompts = [3 * p for p in range(10)]
+    batches = prompt_batches(train_prompts, 4000, config, t=1)
+    assert len(batches) == 4000 and all(len(set(step)) == len(step) == 4 for step in batches)
+    counts = Counter(itertools.chain(*batches))  # 1600 each; σ = 1600 · ¼ / 2000 passes: about 18
+    assert sorted(counts) == train_prompts and max(abs(n - 1600) for n in counts.values()) < 90
+    assert set(itertools.chain(*prompt_batches(list(range(12)), 3, config, 1))) == set(range(12))
+    assert batches != prompt_batches(train_prompts, 4000, config, t=2)
+    assert batches == prompt_batches(train_prompts, 4000, config, t=1)
+
+
+def test_in_bfloat16_too_the_player_starts_as_its_opponent(run):
+    world, _ = prepare(run[0])
+    logps = {}
+    for precision in ("bfloat16", "float32"):
+        config = replace(run[0], precision=precision)
+        player = new_player(world, config)
+        table = self_play(copy.deepcopy(player), config, 0, SimpleNamespace(world=world))
+        assert (all_logps(player, table.trees, "eager") == table.opponent_N).all()
+        logps[precision] = table.opponent_N[table.data_N > 0]
+    assert 0 < abs(logps["bfloat16"] - logps["float32"]).max() < 0.5, "--precision has no effect"
 
 
 # ---- The files ----------------------------------------------------------------------------------
 
-def test_in_bfloat16_too_the_player_starts_as_its_opponent(run):
-    world, _ = prepare(replace(run[0], resume=True))
-    config = replace(run[0], precision="bfloat16")
-    table, plain = self_play(world, config, 1), self_play(world, run[0], 1)
-    player = load_player(config, 0, world.device)
-    assert torch.equal(all_logps(player, table, "eager"), table.opponent_N)
-    known = plain.data_N > 0  # both tables begin alike, with p_data's responses of each prompt
-    assert not torch.equal(table.opponent_N[table.data_N > 0], plain.opponent_N[known])
-
-
 def test_config_json_holds_the_whole_configuration_and_versions(run):
     config, _ = run
-    whole = json.loads((Path(config.out) / "config.json").read_text())
+    whole = json.loads((Path(config.out) / "config.json").read_text(encoding="utf-8"))
     assert {f.name for f in fields(Config)} <= set(whole) and whole["lam"] == config.lam
     assert whole["versions"]["torch"] == torch.__version__ and set(whole["versions"]) == {
         "python", "torch", "tiktoken"}
@@ -166,79 +216,85 @@ def test_figures_are_drawn(run):
     assert not list(out.glob("*tmp*")), "a half-written file was left"
 
 
-def test_sample_shows_every_iteration_beside_p_data(run):
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--out", run[0].out, "--prompt",
-                           "Name a pet.", "--samples", "400"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    header, *lines = done.stdout.strip().split("\n")[1:]
-    assert header.split() == ["p_data", "p_0", "p_1", "p_2", "response"]
-    shown = {line.split("'")[1]: list(map(float, line.split()[:4])) for line in lines}
+def test_sample_shows_every_iteration_beside_p_data(run, capsys):
+    status, text, err = here(capsys, ["--out", run[0].out, "--prompt", "Name a pet.",
+                                      "--samples", "400"], "sample.py")
+    assert status == 0, err
+    lines = text.strip().split("\n")
+    at = next(i for i, line in enumerate(lines) if "p_data" in line)
+    assert lines[at].split() == ["p_data", "p_0", "p_1", "p_2", "response"]
+    shown = {line.split("'")[1]: list(map(float, line.split()[:4]))
+             for line in lines[at + 1:] if line.count("'") >= 2}
     assert shown["dog"][0] == 0.5 and {"dog", "cat", "a fish"} <= set(shown)
-    for t in range(3):  # 400 draws: five standard deviations are 0.125
+    for t in range(3):  # 400 samples: five standard deviations are 0.125
         exact = math.exp(by_hand(run[0], t, "Name a pet.")["dog"])
         assert abs(shown["dog"][1 + t] - exact) < 0.125, (t, exact, shown)
 
 
 # ---- The switches -------------------------------------------------------------------------------
 
-QUICK = dict(SMALL, sft_steps=4, steps=3, negatives=4, reports=1, warmup=2)
+QUICK = dict(SMALL, sft_steps=4, steps=3, negatives=4, reports=1, warmup=2, iters=2)
+
+
+def weights_after(folder, **change):
+    """The weights of p_2 after a very short run."""
+    config = Config(**QUICK | {"data": write_world(folder), "out": str(folder / "out")} | change)
+    main(config)
+    assert all(math.isfinite(row["kl"]) for row in rows_of(config))
+    return torch.cat([p.detach().flatten() for p in saved(config, 2)[0].parameters()])
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.run.checkpoint.draw_convergence", lambda *args: b"")
+        patch.setattr("data.run.checkpoint.draw_gif", lambda *args: b"")
+        return weights_after(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.parametrize("change", [
-    {"loss": "hinge"}, {"loss": "exponential"}, {"loss": "correlation"}, {"loss": "space"},
-    {"anchor": "none"}, {"anchor": "sft"}, {"method": "sft"}, {"method": "dpo"},
-    {"opponent": "sft"}, {"history": 1}, {"logprob": "fused"}, {"average": 0.0},
-    {"precision": "bfloat16"}], ids=str)
-def test_every_switch_runs_and_changes_the_result(tmp_path, change, monkeypatch):
-    monkeypatch.setattr("train.draw_gif", lambda out: None)
-    monkeypatch.setattr("train.draw_convergence", lambda out: None)
-    weights = []
-    for name, more in (("plain", {}), ("changed", change)):
-        config = Config(**QUICK | {"iters": 2, "data": write_world(tmp_path)} | more,
-                        out=str(tmp_path / name))
-        main(config)
-        assert all(math.isfinite(r["kl"]) for r in rows_of(config))
-        weights.append(torch.cat([p.flatten() for p in load_player(config, 2, "cpu").parameters()]))
-    difference = (weights[0] - weights[1]).abs().max().item()
-    if change == {"logprob": "fused"}:
-        assert difference < 1e-3, "the same numbers in another way"
-    else:
-        assert difference > 1e-5, "the switch does nothing"
+    *({"loss": loss} for loss in LOSSES if loss != "logistic"), {"lam": 1.0},
+    {"anchor": "none"}, {"anchor": "sft"}, {"anchor_weight": 5.0}, {"method": "sft"},
+    {"opponent": "sft"}, {"history": 1}, {"average": 1.0},
+    {"loss": "space", "mu": 2.0}, {"precision": "bfloat16"}, {"seed": 1}], ids=str)
+def test_every_switch_runs_and_changes_the_result(tmp_path, change, plain_weights, no_figures):
+    difference = (weights_after(tmp_path, **change) - plain_weights).abs().max().item()
+    assert difference > 1e-5, "the switch does nothing"
 
 
-def test_plain_pairs_train_to_their_empirical_distribution(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.draw_gif", lambda out: None)
+def test_dpo_trains_where_an_oracle_can_rank_and_is_refused_where_it_cannot(tmp_path, no_figures):
+    more = {"sft_steps": 45, "sft_lr": 4e-3, "negatives": 16}
+    one, two = (weights_after(tmp_path, **more, method=method, out=str(tmp_path / method))
+                for method in ("dpo", "spin"))
+    assert (one - two).abs().max() > 1e-5, "the switch does nothing"
+    with pytest.raises(InputError, match="--method dpo"):  # no response is right after 4 steps
+        weights_after(tmp_path, method="dpo")
+
+
+def test_plain_pairs_train_to_their_empirical_distribution(tmp_path, no_figures):
     pairs = [{"prompt": "a", "response": y} for y in "xxxz"] + [{"prompt": "b", "response": "z"}]
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    config = Config(**SMALL | {"iters": 1, "sft_steps": 80, "steps": 100}, data=str(path),
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    config = Config(**SMALL, iters=1, sft_steps=80, steps=100, data=str(path),
                     out=str(tmp_path / "out"))
     main(config)
-    last = [r for r in rows_of(config) if r["event"] == "iteration"][-1]
-    assert last["split"] == "train" and last["kl"] < 0.1, last
+    assert {row["split"] for row in rows_of(config)} == {"train"}
     p = by_hand(config, 1, "a")
     assert math.exp(p["x"]) == pytest.approx(0.75, abs=0.15)
+    assert math.exp(p["z"]) == pytest.approx(0.25, abs=0.15)
 
 
-def test_every_field_is_a_flag_with_help_and_default():
-    text = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True,
-                          text=True).stdout
+def test_every_field_is_a_flag_with_help_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(Config, "Help.", ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
     for f in fields(Config):
         assert "--" + f.name.replace("_", "-") in text and f.metadata["why"]
     assert parse_args(Config, "", []) == Config()
 
 
-def test_no_step_takes_a_prompt_twice_and_all_come_equally_often():
-    config = Config(batch_size=32, negatives=8)
-    order = prompt_order(10, steps=4000, config=config, t=1)
-    assert order.shape == (4000, 4) and all(len(set(step)) == 4 for step in order.tolist())
-    counts = torch.bincount(order.flatten())  # 1600 each; σ = 1600 · ¼ / 2000 passes: about 18
-    assert len(counts) == 10 and (counts - 1600).abs().max() < 90, counts
-    assert set(prompt_order(12, 3, config, 1).flatten().tolist()) == set(range(12))
-    assert not torch.equal(order, prompt_order(10, 4000, config, t=2))
-
-
-def test_bad_input_is_one_line_before_anything_is_trained(tmp_path):
+def test_bad_input_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(InputError, match="--lam -1.0: must be more than 0"):
         main(Config(lam=-1.0, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

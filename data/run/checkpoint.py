@@ -9,15 +9,14 @@ metrics.jsonl that were written after it, and repeats what came after it, alike.
     latest.pt        the learner as it was at the last report: this is what --resume reads
     iteration_t.pt   the policy p_t: weights, sizes, tokenizer and p_data; sample.py reads it
 
-Reading order: `write`, `save`, `load` → `save_policy`, `load_policy` → `Run`.
+Reading order: `save_policy`, `load_policy` → `Run`: it opens the folder, restores the learner,
+and takes a report → `owned_files`.
 """
 import hashlib
-import io
 import json
 import os
 import platform
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +25,8 @@ import torch
 
 from data.errors import InputError
 from data.metrics import likeliest
-from data.run.figures import draw_convergence, draw_gif
+from data.run.figures import draw_convergence, draw_gif, open_window
+from data.run.files import append, guarded, load, lock, save, write
 from data.run.options import flag_of
 from data.run.parallel import gather, on_process_0
 from data.run.report import print_closing_table, print_progress
@@ -35,62 +35,6 @@ from model import GPT, GPTConfig
 
 # Flags that may differ between a run and its resumption.
 FREE = ("out", "resume", "overwrite", "iters", "device", "threads", "show")
-
-
-# --- one file ------------------------------------------------------------------------------------
-
-def write(path, data: bytes):
-    """Replace a file whole or not at all. Whoever is killed meanwhile leaves the old one."""
-    part = Path(path).with_name(f"tmp.{Path(path).name}")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was saved "
-                         f"before is whole: make room, then --resume") from None
-
-
-def save(path, content: dict):
-    """torch.save, and behind it the SHA-256 of what it wrote, which torch.load does not mind."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
-
-
-def load(path) -> dict:
-    """Read what `save` wrote, onto the CPU. Runs no code that the file may hold.
-
-    Raises InputError if the file is missing, damaged or something else.
-    """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise InputError(f"{path}: damaged, or not written by train.py: its digest does not match")
-    with guarded(path):
-        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        return dict(content)
-
-
-@contextmanager
-def guarded(path):
-    """Turn whatever a forged file sets off while it is read into one line.
-
-    The tokenizer's library panics with a BaseException, hence the wide net.
-    """
-    try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not a file that train.py wrote "
-                         f"({type(error).__name__}: {reason})") from None
 
 
 # --- one policy ----------------------------------------------------------------------------------
@@ -138,8 +82,10 @@ def settings(config, world) -> dict:
     """What a resumed run must share with the one that was interrupted: flags and files."""
     rows = [{key: value for key, value in row.items() if key != "line"} for row in world.rows]
     tokens = world.encoding._pat_str + dump_ranks(world.encoding._mergeable_ranks)
+    weights = digest(Path(config.init).read_bytes()) if config.init else ""
     return {name: value for name, value in asdict(config).items() if name not in FREE} | {
-        "data": digest(json.dumps(rows).encode()), "encoding": digest(tokens.encode())}
+        "data": digest(json.dumps(rows).encode()), "encoding": digest(tokens.encode()),
+        "init": weights}
 
 
 class Run:
@@ -176,6 +122,8 @@ class Run:
         with guarded(self.metrics):
             self.rows = [json.loads(line) for line in self.metrics.read_text("utf-8").splitlines()]
         self.stage, self.began = self.state["stage"], self.began - self.state["seconds"]
+        if self.config.show:
+            on_process_0(lambda: open_window(self.out))
 
     def __exit__(self, kind, *_):
         if self.lock:
@@ -185,46 +133,53 @@ class Run:
 
     def open(self) -> str:
         """Process 0 checks the folder and prepares it. Returns the digest of latest.pt."""
-        old, new = owned_files(self.out), files_of(self.config.iters)
-        if self.config.resume and not self.latest.is_file():
-            how = "with --overwrite" if "config.json" in old else "without --resume"
-            raise InputError(f"--resume: there is no latest.pt in {self.out}; start {how}")
-        if not self.config.resume and not self.config.overwrite and "config.json" in old:
-            raise InputError(f"--out {self.out}: holds a run already; --resume it, --overwrite "
-                             f"it, or name another folder")
-        foreign = [name for name in new if name not in old and os.path.lexists(self.out / name)]
-        if foreign:
-            raise InputError(f"--out {self.out}: {foreign[0]} is there already, and no run of "
-                             f"train.py wrote it; name another folder")
-        if self.out.resolve() == Path(self.config.data).resolve().parent:
-            raise InputError(f"--out {self.out}: holds the data file; name a folder of its own")
+        self.check_folder()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / "lock", "a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"--out {self.out}: cannot be written ({error.strerror}); name "
                              f"another folder") from None
-        lock(self.lock, self.out)
+        if not lock(self.lock):
+            raise InputError(f"--out {self.out}: another run is writing to it; wait for it, or "
+                             f"name another folder")
+        self.check_folder()  # once more: a run may have begun and ended since
         if self.config.resume:
             state = self.check_resumable()
-            rows = self.metrics.read_bytes().splitlines(keepends=True)
-            if len(rows) < state["rows"]:
-                raise InputError(f"{self.metrics}: rows are missing; put it back, or start afresh "
-                                 f"with --overwrite")
-            rows = rows[:state["rows"]]
+            self.write_config([*files_of(self.config.iters), *owned_files(self.out)])
+            rows = self.metrics.read_bytes().splitlines(keepends=True)[:state["rows"]]
         else:
-            for name in set(old) - {"config.json", "lock"}:
+            for name in set(owned_files(self.out)) - {"config.json", "lock"}:
                 (self.out / name).unlink(missing_ok=True)
+            self.write_config(files_of(self.config.iters))
             state, rows = {"stage": 0, "step": 0, "seconds": 0.0}, []
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "tiktoken": tiktoken.__version__}
-        whole = asdict(self.config) | {"versions": versions, "shown": self.shown,
-                                       "empirical": self.world.empirical,
-                                       "files": [*new, *old] if self.config.resume else new}
-        write(self.out / "config.json", json.dumps(whole, indent=2).encode())
         write(self.metrics, b"".join(rows))
         save(self.latest, state | {"settings": self.settings, "rows": len(rows)})
         return digest(self.latest.read_bytes())
+
+    def check_folder(self):
+        """Raise InputError if --out holds what this run must not touch."""
+        old, resume = owned_files(self.out), self.config.resume
+        if resume and not self.latest.is_file():
+            how = "with --overwrite" if "config.json" in old else "without --resume"
+            raise InputError(f"--resume: there is no latest.pt in {self.out}; start {how}")
+        if not resume and not self.config.overwrite and "config.json" in old:
+            raise InputError(f"--out {self.out}: holds a run already; --resume it, --overwrite "
+                             f"it, or name another folder")
+        for name in files_of(self.config.iters):
+            if name not in old and os.path.lexists(self.out / name):
+                raise InputError(f"--out {self.out}: {name} is there already, and no run of "
+                                 f"train.py wrote it; name another folder")
+        if self.out.resolve() == Path(self.config.data).resolve().parent:
+            raise InputError(f"--out {self.out}: holds the data file; name a folder of its own")
+
+    def write_config(self, files):
+        """config.json: the settings, versions, what the figures show, and the run's own files."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "tiktoken": tiktoken.__version__}
+        whole = asdict(self.config) | {"versions": versions, "shown": self.shown, "files": files,
+                                       "empirical": self.world.empirical}
+        write(self.out / "config.json", json.dumps(whole, indent=2).encode())
 
     def check_resumable(self) -> dict:
         """The state in latest.pt, if it belongs to a run with these settings on this world."""
@@ -235,7 +190,7 @@ class Run:
                              f"something else; start afresh in another --out")
         for name, value in self.settings.items():
             if was[name] != value:
-                of_file = "other content" if name in ("data", "encoding") else was[name]
+                of_file = "other content" if name in ("data", "encoding", "init") else was[name]
                 raise InputError(f"{flag_of(name)} {getattr(self.config, name)}: the run in "
                                  f"{self.out} was started with {of_file}; resume with the same, "
                                  f"or name another --out")
@@ -243,6 +198,9 @@ class Run:
             for name, kind in {"stage": int, "step": int, "rows": int, "seconds": float}.items():
                 if type(state[name]) is not kind or state[name] < 0:
                     raise ValueError(f"{name} is {state[name]!r}")
+        if not self.metrics.is_file() or self.metrics.read_bytes().count(b"\n") < state["rows"]:
+            raise InputError(f"{self.metrics}: rows are missing; put it back, or start afresh "
+                             f"with --overwrite")
         return state
 
     def unfinished(self, iterations):
@@ -251,7 +209,12 @@ class Run:
 
     def policy(self, t):
         """The policy p_t, as iteration_t.pt holds it; on the run's device, in its precision."""
-        policy = load_policy(self.out / f"iteration_{t}.pt")[0].to(self.device)
+        path, config = self.out / f"iteration_{t}.pt", self.config
+        policy = load_policy(path)[0].to(self.device)
+        if policy.config != GPTConfig(self.world.encoding.n_vocab, config.block_size,
+                                      config.n_layer, config.n_head, config.n_embd):
+            raise InputError(f"{path}: its sizes are not this run's; put the right file back, or "
+                             f"start afresh with --overwrite")
         policy.block_dtype = getattr(torch, self.config.precision)
         return policy
 
@@ -308,18 +271,6 @@ class Run:
         print_closing_table(self.rows, self.out, time.time() - self.began, self.world.empirical)
 
 
-def append(path, rows):
-    """Rows at the end of metrics.jsonl. A torn row does no harm: latest.pt does not count it."""
-    try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, then "
-                         f"--resume") from None
-
-
 def files_of(iters) -> list[str]:
     """Every name that a run of so many iterations writes in --out."""
     names = ["config.json", "metrics.jsonl", "latest.pt", "convergence.png", "convergence.gif",
@@ -335,17 +286,3 @@ def owned_files(out) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         began = (out / "lock").is_file() and not (out / "lock").stat().st_size
         return ["lock", "tmp.config.json"] if began else []  # killed before config.json was whole
-
-
-def lock(file, out):
-    """Hold a file until this process ends, however it ends, so that two runs cannot mix."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"--out {out}: another run is writing to it; wait for it, or name "
-                         f"another folder") from None

@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import threading
@@ -301,6 +302,13 @@ def show(out, follow):
         figure.canvas.draw_idle()
         figure.canvas.flush_events()
         figure.canvas.start_event_loop(0.3)
+
+
+def open_window(out):
+    """Let a process of its own follow a run; it ends when this one does."""
+    root = Path(__file__).resolve().parents[2]
+    subprocess.Popen([sys.executable, "-m", "data.run.figures", str(Path(out).resolve()),
+                      "--follow"], stdin=subprocess.PIPE, cwd=root)
 
 
 def main(argv=None):
