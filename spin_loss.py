@@ -69,6 +69,14 @@ LOSSES = {
     # classifiers ask "real or generated?", with μ generated responses to a real one.
     "space": lambda r, s, lam, mu: (F.softplus(math.log(mu) - r)
                                     + mu * F.softplus(s - math.log(mu))),
+    # IPO, arXiv 2310.12036: its (r − s − 1/(2τ))² is this one divided by λ², at λ = 2τ.
+    "squared": lambda r, s, lam, mu: (lam * (r - s) - 1).square(),
+    # KLIEP (Sugiyama et al. 2008). Its expectation is that of SFT's loss: E_{p_t} e^s = Σ p_θ = 1.
+    "kliep": lambda r, s, lam, mu: s.exp() - r,
+    # DDO, arXiv 2503.01103: a GAN's discriminator, made of the policy's own log-ratio.
+    "ddo": lambda r, s, lam, mu: F.softplus(-lam * r) + F.softplus(lam * s),
+    # SPPO, arXiv 2405.00675, where the real response always wins; its η is 1/λ.
+    "sppo": lambda r, s, lam, mu: (lam * r - 0.5).square() + (lam * s + 0.5).square(),
 }
 
 

@@ -53,29 +53,30 @@ class Config:
     mu: float = option(1.0, "μ, SPACE's ratio of generated to real", TINY, 1e6)
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
                          "E[p_θ/p_t] ≥ 1, or the SFT loss", choices=("none", "mass", "sft"))
-    anchor_weight: float = option(2.0, "γ: anything from 2 to 10 holds the mass anchor; 0.2 is "
+    anchor_weight: float = option(5.0, "γ: anything from 2 to 10 holds the mass anchor; 0.2 is "
                                   "plenty for the SFT anchor", 0, 1e6)
     opponent: str = option("previous", "renew the opponent each iteration, or keep the SFT model "
                            "for ever (then it is no self-play)", choices=("previous", "sft"))
     history: int = option(0, "1: also the previous iteration's generated responses, as in the "
                           "authors' code", choices=(0, 1))
-    steps: int = option(300, "optimiser steps in an iteration; most of the gain is made by then",
+    steps: int = option(250, "optimiser steps in an iteration; most of the gain is made by then",
                         1, 10**9)
     batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
-                             "1024 / 32 negatives = 32 prompts", 1, 10**9)
-    negatives: int = option(32, "responses the opponent gives to each prompt", 1, 10**6)
-    lr: float = option(4e-3, "high for a model this small: it generalises better to held-out "
-                       "prompts than 2e-3 does, and averaging tames it", TINY, 10)
+                             "1024 / 16 negatives = 64 prompts; more prompts, less noise", 1, 10**9)
+    negatives: int = option(16, "responses the opponent gives to each prompt", 1, 10**6)
+    lr: float = option(8e-3, "high, as a model this small allows: progress is bounded by the steps, "
+                       "and the falling rate and the average remove the noise", TINY, 10)
     warmup: int = option(20, "steps to full rate: Adam knows nothing yet, and its first steps "
                          "are the ones that leak", 0, 10**9)
-    decay: float = option(0.1, "over the second half of a stage the rate falls to this share of "
+    decay: float = option(0.05, "over the second half of a stage the rate falls to this share of "
                           "itself: the noise of y' would keep the policy off its optimum", 0, 1)
-    average: float = option(0.25, "share of the steps, the last ones, whose weights are averaged; "
+    average: float = option(0.2, "share of the steps, the last ones, whose weights are averaged; "
                             "keeps the drift, removes the noise", 0, 1)
     clip: float = option(1.0, "gradient norm", TINY, 1e9)
-    sft_steps: int = option(240, "few: self-play should start from a weak model", 1, 10**9)
+    sft_steps: int = option(200, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
-    sft_samples: int = option(128, "responses a training prompt in the SFT set", 1, 10**6)
+    sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
+                              "scored once, so more cost nothing", 1, 10**6)
     n_layer: int = option(2, "one learns this world too, only later", 1, 1000)
     n_head: int = option(4, "heads; 4 generalise a little better than 2", 1, 1000)
     n_embd: int = option(64, "width", 1, 10**5)
@@ -269,6 +270,7 @@ def sample_responses(model, world, config, t) -> list[Counter]:
     prompt_of = [p for p in range(len(world.prompts)) for _ in range(config.negatives)]
     longest = max(map(len, world.prompts)) + world.max_new_tokens
     chunk, mine, began = rows_that_fit(model, longest), [], time.time()
+    said = began
     for first in range(chunk * rank(), len(prompt_of), chunk * ranks()):
         some = prompt_of[first:first + chunk]
         rng = torch.Generator(model.head_weight.device)
@@ -276,10 +278,10 @@ def sample_responses(model, world, config, t) -> list[Counter]:
         sampled = generate(model, [world.prompts[p] for p in some], end_token=world.end_token,
                            max_new_tokens=world.max_new_tokens, generator=rng)
         mine += [(p, tuple(y)) for p, y in zip(some, sampled)]
-        if time.time() - began > 5:
-            began = time.time()
-            print(f"iteration {t + 1}  sampled {first + len(some):,} of {len(prompt_of):,} "
-                  f"responses", flush=True)
+        if time.time() - said > 5:
+            said, done = time.time(), first + len(some)
+            print(f"iteration {t + 1}  sampled {done:,} of {len(prompt_of):,} responses  "
+                  f"{(said - began) * (len(prompt_of) / done - 1):3.0f} s left", flush=True)
     counts = [Counter() for _ in world.prompts]
     for part in gather(mine):
         for p, y in part:

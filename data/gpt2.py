@@ -36,14 +36,15 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
 
 def config_of(weights, beside, n_vocab) -> GPTConfig:
     """Sizes from the shapes; n_head from config.json beside the file, else 64 numbers a head."""
-    (V, D), T = weights["wte.weight"].shape, len(weights["wpe.weight"])  # ANSWER's row is in V
+    (V, D), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
     says = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
     n_head = says.get("n_head", 0 if D % 64 else D // 64)
-    if not n_head or D % n_head or says.get("activation_function", "gelu_new") != "gelu_new":
-        raise ValueError(f"by config.json its width of {D} has not {n_head} heads and gelu_new")
+    gelu = says.get("activation_function", "gelu_new")
+    if n_head not in range(1, D + 1) or D % n_head or gelu != "gelu_new":
+        raise ValueError(f"config.json: {n_head} heads cannot share {D} numbers, or {gelu!r}")
     if V != n_vocab:
         raise ValueError(f"it has {V - 1} tokens, --encoding makes {n_vocab - 1}; GPT-2's is gpt2")
-    return GPTConfig(n_vocab, T, sum(name.endswith("ln_1.bias") for name in weights), n_head, D)
+    return GPTConfig(n_vocab, T, sum(name.endswith("ln_1.bias") for name in weights), int(n_head), D)
 
 
 def load_gpt2(path, n_vocab) -> GPT:

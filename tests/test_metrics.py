@@ -17,7 +17,6 @@ from conftest import exact_probabilities, known_mistake, lbfgs, logp_by_hand, ti
 from data.metrics import evaluate, pair_loss, theorem_lam, theory
 from data.responses import (PrefixTrees, Responses, all_logps, prompts_of_rows,
                             self_play_responses, sft_responses)
-from data.theory.table import MORE_LOSSES
 from data.tokenizer import load_encoding
 from data.world import World
 from spin_loss import LOSSES, optimal_next_policy
@@ -219,7 +218,7 @@ def test_dpo_averages_over_the_pairs_that_the_oracle_ranks(play):
                     u = 2 * (y["player"] - y["opponent"] - z["player"] + z["opponent"])
                     total += y["generated"] * z["generated"] * math.log1p(math.exp(-u))
                     weight += y["generated"] * z["generated"]
-        return total / max(weight, 1e-9)
+        return total / max(weight, 1e-3)
     right = mean_over("train", by_hand, rows)
     assert right > 0 and found["train"]["loss"] == pytest.approx(right, rel=1e-4)
 
@@ -260,10 +259,7 @@ def best_response(loss, lam, mu):
     ("kliep", 5.0, 1.0, 1.0), ("ddo", 1.0, 1.0, 1.0), ("ddo", 2.0, 1.0, None),
     ("ddo", 0.7, 1.0, None), ("squared", 1.0, 1.0, None), ("sppo", 1.0, 1.0, None),
     ("hinge", 1.0, 1.0, None), ("hinge", 5.0, 1.0, None), ("correlation", 1.0, 1.0, None)])
-def test_theorem_lam_is_found_where_the_optimum_has_theorem_5_4s_form(monkeypatch, loss, lam, mu,
-                                                                      right):
-    for name, loss_of in MORE_LOSSES.items():
-        monkeypatch.setitem(LOSSES, name, loss_of)
+def test_theorem_lam_is_found_where_the_optimum_has_theorem_5_4s_form(loss, lam, mu, right):
     assert theorem_lam(loss, lam, mu) == right
     if loss in ("hinge", "correlation"):
         return  # the one has many optima, the other none

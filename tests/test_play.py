@@ -387,6 +387,11 @@ FORMULAS = {  # the loss of one pair of log-ratios; the factor that gives it SFT
     "correlation": (lambda r, s, lam: 1 - lam * (r - s), lambda lam: 1 / lam),
     "space": (lambda r, s, lam: math.log(1 + MU * math.exp(-r)) + MU * math.log(
         1 + math.exp(s) / MU), lambda lam: (1 + MU) / MU),
+    "squared": (lambda r, s, lam: (lam * (r - s) - 1) ** 2, lambda lam: 1 / (2 * lam)),
+    "kliep": (lambda r, s, lam: math.exp(s) - r, lambda lam: 1),
+    "ddo": (lambda r, s, lam: math.log1p(math.exp(-lam * r)) + math.log1p(math.exp(lam * s)),
+            lambda lam: 2 / lam),
+    "sppo": (lambda r, s, lam: (lam * r - 0.5) ** 2 + (lam * s + 0.5) ** 2, lambda lam: 1 / lam),
 }
 
 

@@ -174,7 +174,10 @@ def written_out(loss, real, generated, lam, mu=1.0):
     sigma = lambda m, v: 1 / (1 + m * math.exp(-v))
     return {"logistic": math.log(1 + math.exp(-u)), "hinge": max(0.0, 1 - u),
             "exponential": math.exp(-u), "correlation": 1 - u,
-            "space": -math.log(sigma(mu, real)) - mu * math.log(sigma(1 / mu, -generated))}[loss]
+            "space": -math.log(sigma(mu, real)) - mu * math.log(sigma(1 / mu, -generated)),
+            "squared": (u - 1) ** 2, "kliep": math.exp(generated) - real,
+            "ddo": -math.log(sigma(1, lam * real)) - math.log(sigma(1, -lam * generated)),
+            "sppo": (lam * real - 0.5) ** 2 + (lam * generated + 0.5) ** 2}[loss]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -259,18 +262,21 @@ def test_expected_gradient_at_start_is_half_lambda_times_sft(loss, slope, lam):
     assert_close(logits_K.grad, slope * lam * (DATA.exp() - WEAK.exp()), atol=1e-14, rtol=0)
 
 
-SQUARED = lambda r, s, lam, mu: (lam * (r - s) - 1) ** 2  # noqa: E731  (one line, as in LOSSES)
+# One line, as in LOSSES.
+QUARTIC = lambda r, s, lam, mu: (lam * (r - s) - 1) ** 2 + (lam * (r - s) / 4) ** 4  # noqa: E731
 SCALES = {  # 1/(λ|ℓ'(0)|) for a loss ℓ(λ(r − s)), 1/|f'(0)| for f(r) + g(s)
     "logistic": lambda lam, mu: 2 / lam, "hinge": lambda lam, mu: 1 / lam,
     "exponential": lambda lam, mu: 1 / lam, "correlation": lambda lam, mu: 1 / lam,
-    "space": lambda lam, mu: (1 + mu) / mu, "squared": lambda lam, mu: 1 / (2 * lam)}
+    "space": lambda lam, mu: (1 + mu) / mu, "quartic": lambda lam, mu: 1 / (2 * lam),
+    "squared": lambda lam, mu: 1 / (2 * lam), "kliep": lambda lam, mu: 1,
+    "ddo": lambda lam, mu: 2 / lam, "sppo": lambda lam, mu: 1 / lam}
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, "squared"])
+@pytest.mark.parametrize("loss", [*LOSSES, "quartic"])
 @pytest.mark.parametrize("lam, mu", [(0.1, 1.0), (1.0, 0.3), (4.0, 3.0)])
 def test_scaled_loss_has_the_first_gradient_of_sft(monkeypatch, loss, lam, mu):
     """On a table SFT's gradient is p_θ − p_data. The losses added here get their scale unasked."""
-    monkeypatch.setitem(LOSSES, "squared", SQUARED)
+    monkeypatch.setitem(LOSSES, "quartic", QUARTIC)
     scale = sft_scale(loss, lam, mu)
     if loss in SCALES:
         right = SCALES[loss](lam, mu)
@@ -282,9 +288,9 @@ def test_scaled_loss_has_the_first_gradient_of_sft(monkeypatch, loss, lam, mu):
     assert_close(logits_K.grad, WEAK.exp() - DATA.exp(), atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, "squared"])
+@pytest.mark.parametrize("loss", [*LOSSES, "quartic"])
 def test_slopes_of_a_loss_match_finite_differences(monkeypatch, loss):
-    monkeypatch.setitem(LOSSES, "squared", SQUARED)
+    monkeypatch.setitem(LOSSES, "quartic", QUARTIC)
     at = lambda r, s: LOSSES[loss](*torch.tensor([r, s], dtype=torch.float64), 1.5, 2.0).item()
     for r, s, h in ((0.0, 0.0, 1e-5), (-0.4, 0.7, 1e-5), (1.0, -0.2, 1e-5)):
         right = ((at(r + h, s) - at(r - h, s)) / (2 * h), (at(r, s + h) - at(r, s - h)) / (2 * h))
@@ -299,11 +305,11 @@ def test_a_loss_is_added_in_one_line_and_trained_with(monkeypatch, tmp_path, cap
     """The flag, its limits, the scale and the figures all follow from the function itself."""
     path, out = tmp_path / "coins.jsonl", tmp_path / "out"
     path.write_text("".join(json.dumps(row) + "\n" for row in COINS), encoding="utf-8")
-    flags = ["--loss", "squared", "--data", str(path), "--out", str(out)]
-    with pytest.raises(data.errors.InputError, match="--loss squared: use one of logistic, "):
+    flags = ["--loss", "quartic", "--data", str(path), "--out", str(out)]
+    with pytest.raises(data.errors.InputError, match="--loss quartic: use one of logistic, "):
         train.main(train.parse_args(train.Config, "", flags))
 
-    monkeypatch.setitem(LOSSES, "squared", SQUARED)
+    monkeypatch.setitem(LOSSES, "quartic", QUARTIC)
     for name in ("draw_convergence", "draw_gif"):
         monkeypatch.setattr(data.run.checkpoint, name, lambda *whatever: b"")
     config = train.parse_args(train.Config, "", flags)
@@ -396,10 +402,11 @@ def test_space_asks_of_each_response_alone_whether_it_is_real(mu):
     assert far_B.isfinite().all(), "exp overflows; softplus does not"
 
 
-def test_space_sees_a_common_shift_that_the_relative_losses_cannot():
+def test_losses_of_each_response_alone_see_a_common_shift_and_the_others_cannot():
     for loss in LOSSES:
         value, shifted = (population_loss(DATA - c, DATA, WEAK, 1.0, loss).item() for c in (0, 1))
-        assert (abs(value - shifted) > 0.01) == (loss == "space"), f"{loss}: {value}, {shifted}"
+        sees = loss in ("space", "kliep", "ddo", "sppo")
+        assert (abs(value - shifted) > 0.01) == sees, f"{loss}: {value}, {shifted}"
 
 
 def errors_over_iterations(lam, iterations=6):

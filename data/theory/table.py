@@ -41,32 +41,12 @@ def kl(p_K, q_K) -> float:
 
 # --- losses --------------------------------------------------------------------------------------
 
-# More losses of the same form as `LOSSES` in spin_loss.py, from other papers. Here λ multiplies
-# every log-ratio, whatever the paper calls it.
-MORE_LOSSES = {
-    # IPO (arXiv 2310.12036): its (r − s − 1/(2τ))² is this one divided by λ², at λ = 2τ.
-    "squared": lambda r, s, lam, mu: (lam * (r - s) - 1).square(),
-    # KLIEP (Sugiyama et al. 2008). Its expectation is that of SFT's loss: E_{p_t} e^s = Σ p_θ = 1.
-    "kliep": lambda r, s, lam, mu: s.exp() - r,
-    # DDO (arXiv 2503.01103): the discriminator of a GAN, made of the policy's own log-ratio.
-    "ddo": lambda r, s, lam, mu: F.softplus(-lam * r) + F.softplus(lam * s),
-    # SPPO (arXiv 2405.00675) where the real response always wins; its η is 1/λ.
-    "sppo": lambda r, s, lam, mu: (lam * r - 0.5).square() + (lam * s + 0.5).square(),
-}
-
-
-def loss_named(name):
-    """The function (r, s, λ, μ) → loss. Raises ValueError for an unknown name."""
-    losses = LOSSES | MORE_LOSSES
-    if name not in losses:
-        raise ValueError(f"loss is {name!r}; use one of {', '.join(losses)}")
-    return losses[name]
-
-
 def is_pairwise(loss) -> bool:
     """Whether a loss depends on r − s alone, so that adding 1 to both r and s changes nothing."""
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; use one of {', '.join(LOSSES)}")
     r, s = torch.tensor([0.3, -0.4], dtype=torch.float64)
-    loss_of = loss_named(loss)
+    loss_of = LOSSES[loss]
     return torch.allclose(loss_of(r, s, 1.0, 1.0), loss_of(r + 1, s + 1, 1.0, 1.0))
 
 
@@ -84,7 +64,7 @@ def expected_loss(logits_K, data_K, opponent_K, lam=1.0, loss="logistic", mu=1.0
     if not is_pairwise(loss):
         logits_K = logits_K.log_softmax(-1)
     ratio_K = logits_K - opponent_K
-    loss_KK = loss_named(loss)(ratio_K[..., :, None], ratio_K[..., None, :], lam, mu)
+    loss_KK = LOSSES[loss](ratio_K[..., :, None], ratio_K[..., None, :], lam, mu)
     weight_KK = (data_K[:, None] + generated_K[None, :]).exp()
     return (weight_KK * loss_KK).sum(dim=(-2, -1))
 
@@ -237,7 +217,7 @@ def predicted_factor(loss, lam=1.0, mu=1.0) -> float:
     (0.5, 0.75)
     """
     def loss_of(ratios):
-        return loss_named(loss)(ratios[0], ratios[1], lam, mu)
+        return LOSSES[loss](ratios[0], ratios[1], lam, mu)
 
     zero = torch.zeros(2, dtype=torch.float64)
     slope_r, slope_s = jacobian(loss_of, zero)
