@@ -73,7 +73,7 @@ class Config:
     average: float = option(0.2, "share of the steps, the last ones, whose weights are averaged; "
                             "keeps the drift, removes the noise", 0, 1)
     clip: float = option(1.0, "gradient norm", TINY, 1e9)
-    sft_steps: int = option(200, "few: self-play should start from a weak model", 1, 10**9)
+    sft_steps: int = option(220, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
                               "scored once, so more cost nothing", 1, 10**6)
