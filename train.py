@@ -109,7 +109,11 @@ class Config:
 
 def sft_objective(model, batch, config):
     """−E log p_θ(y|x), y from the SFT set: maximum likelihood."""
-    player_N = response_logps(model, batch.trees, config.logprob)
+    return sft_loss(response_logps(model, batch.trees, config.logprob), batch)
+
+
+def sft_loss(player_N, batch):
+    """−(1/P) Σ_x Σ_y share(y|x) log p_θ(y|x), over the SFT set's responses to P prompts."""
     return -(batch.real_N * player_N).sum() / batch.P
 
 
@@ -154,7 +158,7 @@ def anchor(player_N, batch, config):
         return config.anchor_weight * mass_anchor(player_N, batch.opponent_N, batch.own_N,
                                                   batch.prompt_N, batch.P)
     if config.anchor == "sft":
-        return -config.anchor_weight * (batch.real_N * player_N).sum() / batch.P
+        return config.anchor_weight * sft_loss(player_N, batch)
     return 0.0
 
 

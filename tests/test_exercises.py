@@ -153,12 +153,12 @@ def refused(folder, *args, words):
 def test_there_is_an_exercise_for_each_step_in_teaching_order():
     assert NAMES == [
         "causal_mask", "Attention.forward", "KVCache.extend", "token_logps", "sequence_logps",
-        "sft_objective", "next_tokens", "spin_loss", "sample_responses", "main",
+        "sft_loss", "next_tokens", "spin_loss", "sample_responses", "main",
         "optimal_next_policy", "loss_floor", "responses.grow", "responses.response_logps",
         "mass_anchor", "responses.known_shares", "FusedLogps.backward"]
     for text in TEXTS:
         assert all(text[key] for key in ("title", "minutes", "learn", "equation", "task", "hints"))
-        assert 4 <= len(CLAIMS[text["function"]]) <= 6
+        assert 3 <= len(CLAIMS[text["function"]]) <= 6
         assert list(checks.claims_of(text["function"])) == CLAIMS[text["function"]]
 
 
@@ -225,6 +225,20 @@ def test_helpers_that_a_student_adds_come_along():
 def test_what_a_student_breaks_elsewhere_does_not_count_here():
     n = number_of("Attention.forward")
     text = filled(EMPTY["model.py"], n, right(n)).replace("3 * config.n_embd", "5 * config.n_embd")
+    assert all(c["held"] for c in tried(n, text))
+
+
+def test_a_neighbour_that_breaks_the_rules_costs_nothing_here():
+    n = number_of("Attention.forward")
+    text = filled(filled(EMPTY["model.py"], 1, "import sys\nsys.exit(0)"), n, right(n))
+    assert all(c["held"] for c in tried(n, text))
+
+
+def test_a_neighbour_may_be_used_where_it_is_written():
+    n = number_of("Attention.forward")
+    body = right(n).replace("cache.visible_BTC", "(cache.visible_BTC & causal_mask(x, x))")
+    body = body.replace("K = q.shape[-1]", "K = q.shape[-1]\nx = torch.zeros(1, 1)")
+    text = filled(filled(EMPTY["model.py"], 1, right(1)), n, body)
     assert all(c["held"] for c in tried(n, text))
 
 
@@ -596,42 +610,41 @@ def test_missing_file_gets_one_line(copy):
 
 # --- hand-out ------------------------------------------------------------------------------------
 
-def expressions_of(n) -> set[str]:
-    """The statements of a solution, and its larger expressions, written out."""
-    exercise = TEXTS[n - 1]
-    path, names = split_name(exercise["function"])
-    found = set()
-    for statement in written_part(find(ast.parse(REFERENCE[path]), names), exercise.get("part")):
-        for node in ast.walk(statement):
-            if isinstance(node, (ast.Assign, ast.Return, ast.AugAssign, ast.expr)):
-                if sum(1 for _ in ast.walk(node)) >= 12:
-                    found.add(ast.unparse(node))
-    return found
+def size(node) -> int:
+    return sum(1 for _ in ast.walk(node))
+
+
+def code_in(tree, kinds, least=8) -> set[str]:
+    """The statements or expressions of some kinds, written out; short ones left aside."""
+    return {ast.unparse(node) for node in ast.walk(tree)
+            if isinstance(node, kinds) and size(node) >= least}
 
 
 def test_hand_out_holds_no_solution(handed):
+    """No result's expression, and no more than a few statements that other functions share."""
     files = [path for path in handed.rglob("*") if path.is_file()]
-    assert not [path for path in files if path.suffix == ".pyc" or ".git" == path.name]
+    assert not [path for path in files if path.suffix == ".pyc" or ".git" in path.parts]
     names = {path.name for path in files}
     assert not names & {"ANSWERS.md", "attempts.toml"} and not any(
         name.startswith("test_") for name in names)
-    tasks = " ".join(text["task"] + " ".join(text["hints"]) for text in TEXTS)
-    solutions = {code: n for n in NUMBERS for code in expressions_of(n) if code not in tasks}
-    # What a solution shares with functions that are no exercises gives nothing away.
-    given = {"player_N = response_logps(model, batch.trees, config.logprob)",
-             "response_logps(model, batch.trees, config.logprob)",
-             "column_N, inside_N = columns_of(targets_N, first, len(weight_CD))",
-             "columns_of(targets_N, first, len(weight_CD))",
-             "len(os.path.commonprefix([previous, response]))"}
+    statements, kinds = set(), (ast.Assign, ast.AugAssign, ast.Return, ast.Expr)
+    calls, prose = set(), ""
     for path in files:
         if path.suffix == ".py":
-            codes = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text("utf-8")))
-                     if isinstance(node, (ast.stmt, ast.expr))}
-            shown = {code for code in codes if code in solutions} - given
-            assert not shown, f"{path.name} shows exercises {[(solutions[c], c) for c in shown]}"
-        elif path.suffix in (".md", ".toml", ".json", ".yml", ".txt"):
-            text = path.read_text("utf-8")
-            assert not [code for code in solutions if code in text]
+            tree = ast.parse(path.read_text("utf-8"))
+            statements |= code_in(tree, kinds)
+            calls |= code_in(tree, ast.Call)
+        elif path.suffix in (".md", ".json", ".yml", ".txt"):
+            prose += path.read_text("utf-8")
+    for n in NUMBERS:
+        path, function = split_name(TEXTS[n - 1]["function"])
+        node = find(ast.parse(REFERENCE[path]), function)
+        solution = ast.Module(written_part(node, TEXTS[n - 1].get("part")), [])
+        own = code_in(solution, kinds)
+        assert len(own & statements) <= len(own) / 2, (function, own & statements)
+        assert not code_in(solution.body[-1], kinds) & statements, function
+        assert not code_in(solution.body[-1], ast.Call) & calls, function
+        assert not [code for code in own if code in prose], function
     for n in NUMBERS:
         path, function = split_name(TEXTS[n - 1]["function"])
         for file in (handed / path, handed / "tests" / "classroom" / "shipped" / path):
@@ -649,12 +662,12 @@ def test_prose_loses_its_code_in_a_hand_out():
 
 
 def test_check_works_in_a_hand_out(handed, tmp_path):
-    folder, n = shutil.copytree(handed, tmp_path / "mine"), number_of("sft_objective")
+    folder, n = shutil.copytree(handed, tmp_path / "mine"), number_of("sft_loss")
     refused(folder, "show", n, words="your instructor has the original")
     refused(folder, "start", n, words="started already")
     fill(folder, n, right(n))
     status, out, error = run(folder, "check", n)
-    assert status == 0 and "4 of 4 claims hold: solved" in out, out + error
+    assert status == 0 and "3 of 3 claims hold: solved" in out, out + error
     assert run(folder, "restore", n)[0] == 0
     assert files_of(folder) == files_of(handed)
 
