@@ -81,6 +81,10 @@ def print_closing_table(rows, out, seconds, empirical):
     else:
         print("KL(p_data‖p_θ), losses and the least they can be in nats; iteration 0 is SFT, whose "
               "loss cannot\nbe less than the entropy of p_data.")
+    if not empirical:
+        for (t, split), row in list(rows.items())[-2:]:
+            families = ", ".join(f"{name} {kl:.3f}" for name, kl in row["families"].items())
+            print(f"KL of p_{t} by family, {split}: {families}")
     print_turn(rows, "nll" if empirical else "kl")
     print(f"{out}/convergence.png and .gif drawn; {seconds:.0f} s in all")
 
