@@ -48,8 +48,8 @@ class Config:
                          "ranked by an oracle", choices=("spin", "sft", "dpo"))
     lam: float = option(2.0, "λ: an iteration moves log p by (1/λ) log p_data/p_t, so λ = 2 is a "
                         "careful step; exact self-play diverges below ½", TINY, 1e6)
-    loss: str = option("logistic", "ℓ; space is the NCE loss that needs no λ",
-                       choices=LOSSES)
+    loss: str = option("logistic", "ℓ: one line of spin_loss.py each; data/theory/README.md says "
+                       "where each of them ends", choices=LOSSES)
     mu: float = option(1.0, "μ, SPACE's ratio of generated to real", TINY, 1e6)
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
                          "E[p_θ/p_t] ≥ 1, or the SFT loss", choices=("none", "mass", "sft"))

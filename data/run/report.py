@@ -37,9 +37,9 @@ def print_progress(t, step, steps, found, weights, seconds_left, empirical):
         distance += f", held out {heldout['nll']:.2f}" if heldout else ""
         distance += f"  margin {row['margin']:.2f}" if row["margin"] is not None else ""
     else:
-        distance = f"KL {row['kl']:.3f}  off-support {row['off_support']:6.1%}"
+        distance = f"KL {row['kl']:.3f}  off-support {row['off_support']:5.1%}"
     print(f"{f'iteration {t}' if t else 'SFT':<12} step {step:4d}/{steps}  {loss}  {distance}  "
-          f"{weights:<8} {seconds_left:3.0f} s left", flush=True)
+          f"{weights:<8} {seconds_left:.0f} s left", flush=True)
 
 
 def print_responses(prompts, responses):
