@@ -1,11 +1,11 @@
-"""A GPT from scratch: GPT-2's architecture, nothing added and nothing left out.
+"""A GPT from scratch: GPT-2's architecture, without dropout.
 
     h = wte[token] + wpe[position];  for each block: h += attn(ln_1(h)); h += mlp(ln_2(h))
     logits = ln_f(h) @ wteᵀ          (the head is the token embedding itself: "tied")
 
 Reading order: `GPTConfig` → `KVCache` → `causal_mask` → `Attention` → `MLP` → `Block` → `GPT`.
 
-Dimensions: B batch, T tokens read now, C tokens in the cache after them, D width, H heads,
+Dimensions: B batch, T new tokens in this call, C tokens in the cache after them, D width, H heads,
 K = D/H head size, V vocabulary. A suffix tells a tensor's shape: logits_BTV.
 """
 import math
@@ -61,7 +61,8 @@ class KVCache:
         return position_BT.clamp(min=0)
 
     def in_rows(self, x_BTD):
-        """Arrange what attention mixes in rows: a text is one already. (See data/responses.py.)"""
+        """A hook for data/responses.py, whose trees are flat lists of nodes; a text is returned
+        unchanged."""
         return x_BTD
 
     def as_given(self, y_BTD):
@@ -113,7 +114,7 @@ class Attention(nn.Module):
         q_BHTK, k_BHTK, v_BHTK = (part_BTD.view(B, T, self.n_head, K).transpose(1, 2)
                                   for part_BTD in qkv_BTE.split(D, dim=2))
         k_BHCK, v_BHCK = cache.extend(layer, k_BHTK, v_BHTK)
-        score_BHTC = q_BHTK @ k_BHCK.transpose(2, 3) / math.sqrt(K)
+        score_BHTC = (q_BHTK / math.sqrt(K)) @ k_BHCK.transpose(2, 3)
         score_BHTC = score_BHTC.masked_fill(~cache.visible_BTC[:, None], float("-inf"))
         y_BHTK = score_BHTC.softmax(dim=3) @ v_BHCK
         return self.c_proj(cache.as_given(y_BHTK.transpose(1, 2).reshape(B, T, D)))
@@ -139,8 +140,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD, cache, layer):
+    def forward(self, x_BTD, cache, layer, wanted_N=None):
+        """Returns x_BTD. With wanted_N: only those rows, so that the MLP skips the others."""
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cache, layer)
+        if wanted_N is not None:
+            x_BTD = x_BTD.index_select(0, wanted_N)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
@@ -158,7 +162,8 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif "ln_" not in name:  # LayerNorm's own weights stay 1
-                # Each block adds twice to the residual stream; shrink so that its variance holds.
+                # Each block adds two terms to the residual stream; this keeps its variance the
+                # same for any depth (GPT-2's initialisation).
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / shrink)
 
@@ -167,12 +172,13 @@ class GPT(nn.Module):
         """The output matrix [V, D]: logits = hidden @ head_weightᵀ. Tied to the embedding."""
         return self.wte.weight
 
-    def hidden(self, tokens_BT, cache: KVCache | None = None):
+    def hidden(self, tokens_BT, cache: KVCache | None = None, wanted_N=None):
         """Read tokens_BT, after those in the cache if one is given; hidden states after ln_f.
 
         Returns hidden_BTD and adds the tokens to the cache. Token −1 is padding, which no token
         sees; without a cache, padding on the right may be any token: no token before sees it.
-        Raises ValueError beyond block_size positions.
+        wanted_N, for prefix trees, names the nodes whose hidden states are wanted. Raises
+        ValueError beyond block_size positions.
         """
         cache = KVCache() if cache is None else cache
         position_BT = cache.place(tokens_BT, self.config.block_size)
@@ -181,7 +187,8 @@ class GPT(nn.Module):
         mixed = self.block_dtype != torch.float32
         with torch.autocast(x_BTD.device.type, self.block_dtype) if mixed else nullcontext():
             for layer, block in enumerate(self.h):
-                x_BTD = block(x_BTD, cache, layer)
+                is_last = layer + 1 == len(self.h)
+                x_BTD = block(x_BTD, cache, layer, wanted_N if is_last else None)
         return self.ln_f(x_BTD)
 
     def forward(self, tokens_BT, cache: KVCache | None = None):

@@ -29,15 +29,16 @@ def next_tokens(logits_BV, temperature=1.0, top_k=None, generator=None):
     if top_k is not None:
         least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
-    # Largest logit first to 0, so that no temperature makes ∞ − ∞ of it.
+    # Subtract the maximum first: dividing by a tiny temperature then cannot give ∞ − ∞.
     logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)).float()
     p_BV = (logits_BV / max(temperature, 1e-30)).softmax(dim=1)
     if p_BV.device.type != "cpu":
         return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
-    # The same ten times as fast as multinomial does it on a CPU, whose cumsum goes from left to
-    # right. (A parallel one need not rise: a token of probability 0 might get a sliver of it.)
+    # On a CPU this is ten times as fast as torch.multinomial. A GPU's parallel cumsum need not be
+    # monotone, and might give some room to a token of probability 0: hence multinomial there.
     cdf_BV = p_BV.cumsum(dim=1)
-    # Subtle: the sum of float32 probabilities is not quite 1, so u is drawn below what it is.
+    # Subtle: the float32 cumsum may end slightly off 1. Scale u by its last entry, and keep it
+    # strictly below.
     u_B1 = cdf_BV[:, -1:] * torch.rand(len(cdf_BV), 1, generator=generator, device=cdf_BV.device)
     u_B1 = torch.minimum(u_B1, cdf_BV[:, -1:].nextafter(torch.zeros_like(u_B1)))
     return torch.searchsorted(cdf_BV, u_B1, right=True)[:, 0]  # first token with cdf > u
@@ -63,6 +64,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
         return []
     cache = read_prompts(model, prompts, RoomyCache() if max_new_tokens > 64 else KVCache())
     last_B = torch.tensor([p[-1] for p in prompts], device=device)
+    # The last token drawn is never read, hence + 1.
     room_B = torch.tensor([block_size - len(p) + 1 for p in prompts], device=device)
     unfinished_B = torch.arange(len(prompts), device=device)  # which rows are still in the batch
     max_new_tokens = min(max_new_tokens, int(room_B.max()))

@@ -71,7 +71,7 @@ LOSSES = {
                                     + mu * F.softplus(s - math.log(mu))),
     # IPO, arXiv 2310.12036: its (r − s − 1/(2τ))² is this one divided by λ², at λ = 2τ.
     "squared": lambda r, s, lam, mu: (lam * (r - s) - 1).square(),
-    # KLIEP (Sugiyama et al. 2008). Its expectation is that of SFT's loss: E_{p_t} e^s = Σ p_θ = 1.
+    # KLIEP (Sugiyama et al. 2008). Its mean is SFT's loss plus a constant: E_{p_t} e^s = Σ p_θ = 1.
     "kliep": lambda r, s, lam, mu: s.exp() - r,
     # DDO, arXiv 2503.01103: a GAN's discriminator, made of the policy's own log-ratio.
     "ddo": lambda r, s, lam, mu: F.softplus(-lam * r) + F.softplus(lam * s),
@@ -82,11 +82,12 @@ LOSSES = {
 
 def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, lam,
               loss="logistic", mu=1.0):
-    """ℓ(λ(r − s)) for each pair (y, y'), not averaged. Arguments are log-probs in nats, [B].
+    """The loss L(r, s) of each pair (y, y'), not averaged. Arguments are log-probs in nats, [B].
 
     r is the log-ratio log p_θ/p_t of the real response, s that of the generated one (Eq. 4.7).
-    "space" is not a function of r − s and ignores λ; the others ignore μ. Raises ValueError for
-    an unknown loss.
+    logistic, hinge, exponential, correlation and squared depend on λ(r − s) alone; space, kliep,
+    ddo and sppo use r and s separately. space and kliep ignore λ; only space uses μ. Raises
+    ValueError for an unknown loss.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; use one of {', '.join(LOSSES)}")
@@ -110,9 +111,10 @@ def slopes_of(loss_of, r, s, lam, mu):
 def sft_scale(loss, lam, mu=1.0):
     """1 / |∂L/∂r| at r = s = 0: the factor that gives a loss the first gradient of SFT.
 
-    At θ = θ_t both log-ratios are 0, and E_{y'~p_t} ∇log p_t(y') = ∇Σp_t = 0. What is left of ∇L is
-    (∂L/∂r) · E_{y~p_data} ∇log p_θ(y), a multiple of SFT's gradient. The factor is 1/(λ|ℓ'(0)|) for
-    a loss ℓ(λ(r − s)), so 2/λ for the logistic one, and (1 + μ)/μ for SPACE.
+    At the start of an iteration p_θ = p_t. So both log-ratios are 0, and E_{y'~p_t} ∇log p_t(y') =
+    ∇Σp_t = 0. What is left of ∇L is (∂L/∂r) · E_{y~p_data} ∇log p_θ(y), a multiple of SFT's
+    gradient. The factor is 1/(λ|ℓ'(0)|) for a loss ℓ(λ(r − s)), so 2/λ for the logistic one, and
+    (1 + μ)/μ for SPACE.
 
     >>> round(sft_scale("logistic", lam=4.0), 6), round(sft_scale("hinge", lam=4.0), 6)
     (0.5, 0.25)
@@ -126,11 +128,15 @@ def mass_anchor(policy_N, opponent_N, share_N, prompt_N, P=None):
     """(1 − m) log 1/m, where m = min(1, Σ_n share_n p_θ(y'_n)/p_t(y'_n)); a mean over P prompts.
 
     Adding one constant to every log p_θ changes no margin, so SPIN lets probability leak to
-    strings that nobody sampled. But E_{y'~p_t}[p_θ(y')/p_t(y')] = Σ_y' p_θ(y') = 1 wherever p_t
-    covers p_θ, at Theorem 5.4's optimum too, so this penalty leaves that optimum where it is.
-    It is (1 − m)² for a small leak; a large one it pulls back with constant force, where the
-    square's would vanish. An excess is one rare response's huge ratio: punishing it would push
-    everything down. share_N sums to 1 for each prompt; prompt_N numbers the prompts 0 … P−1.
+    strings that nobody sampled. Over all strings, E_{y'~p_t}[p_θ(y')/p_t(y')] = Σ_y' p_θ(y') = 1
+    for every θ. Over the sampled y', m falls below 1 as p_θ moves probability elsewhere. At
+    Theorem 5.4's optimum p_θ has only right responses; if those are among the y', m is 1 there, and
+    the penalty leaves that optimum where it is.
+
+    For a small leak the penalty is about (1 − m)². As m → 0 its slope in log m tends to −1, while
+    that of (1 − m)² tends to 0: a large leak can still be undone. m > 1 is not penalised: it comes
+    from a rare response with a huge ratio, and a penalty would lower every log p_θ. share_N are
+    the shares of the y' under p_t; prompt_N numbers the prompts 0 … P−1.
     """
     P = int(prompt_N.max()) + 1 if P is None else P
     # log m by log-sum-exp for each prompt, since the ratio itself overflows at 89 nats.

@@ -52,7 +52,8 @@ class Config:
                        "where each of them ends", choices=LOSSES)
     mu: float = option(1.0, "μ, SPACE's ratio of generated to real", TINY, 1e6)
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
-                         "E[p_θ/p_t] ≥ 1, or the SFT loss", choices=("none", "mass", "sft"))
+                         "a mean of p_θ/p_t of at least 1, or the SFT loss",
+                         choices=("none", "mass", "sft"))
     anchor_weight: float = option(5.0, "γ: anything from 2 to 10 holds the mass anchor; 0.2 is "
                                   "plenty for the SFT anchor", 0, 1e6)
     opponent: str = option("previous", "renew the opponent each iteration, or keep the SFT model "
@@ -62,22 +63,22 @@ class Config:
     steps: int = option(250, "optimiser steps in an iteration; most of the gain is made by then",
                         1, 10**9)
     batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
-                             "1024 / 16 negatives = 64 prompts; more prompts, less noise", 1, 10**9)
+                             "1024 / 16 negatives = 64 prompts, in SFT too", 1, 10**9)
     negatives: int = option(16, "responses the opponent gives to each prompt", 1, 10**6)
-    lr: float = option(8e-3, "high, as a model this small allows: progress is bounded by the steps, "
-                       "and the falling rate and the average remove the noise", TINY, 10)
-    warmup: int = option(20, "steps to full rate: Adam knows nothing yet, and its first steps "
-                         "are the ones that leak", 0, 10**9)
+    lr: float = option(8e-3, "high, as a model this small allows: progress is bounded by the "
+                       "steps, and the falling rate and the average remove noise", TINY, 10)
+    warmup: int = option(20, "steps over which the rate rises: Adam's first, poorly scaled steps "
+                         "leak the most", 0, 10**9)
     decay: float = option(0.05, "over the second half of a stage the rate falls to this share of "
                           "itself: the noise of y' would keep the policy off its optimum", 0, 1)
-    average: float = option(0.2, "share of the steps, the last ones, whose weights are averaged; "
-                            "keeps the drift, removes the noise", 0, 1)
+    average: float = option(0.2, "share of the steps, the last ones, whose weights are averaged, "
+                            "which removes noise", 0, 1)
     clip: float = option(1.0, "gradient norm", TINY, 1e9)
     sft_steps: int = option(220, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
                               "scored once, so more cost nothing", 1, 10**6)
-    n_layer: int = option(2, "one learns this world too, only later", 1, 1000)
+    n_layer: int = option(2, "layers; one learns this world too, but more slowly", 1, 1000)
     n_head: int = option(4, "heads; 4 generalise a little better than 2", 1, 1000)
     n_embd: int = option(64, "width", 1, 10**5)
     block_size: int = option(128, "longest prompt and response together, tokens", 2, 10**6)
@@ -170,8 +171,8 @@ OBJECTIVES = {"spin": spin_objective, "sft": sft_objective, "dpo": dpo_objective
 def fit(player, objective, responses, t, run):
     """Train the player into p_t: SFT for t = 0, else against p_{t−1}. Returns p_t.
 
-    p_t is the average of the weights over the later steps: the noise of the sampled y' averages
-    out, the drift towards the optimum stays (Polyak). The player itself is changed.
+    p_t is the average of the weights over the last steps (--average), where the noise of the
+    sampled y' averages out (Polyak). The player is left with the last raw weights.
     """
     config, train, device = run.config, run.world.splits["train"], player.head_weight.device
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
@@ -258,7 +259,8 @@ def self_play(opponent, config, t, run):
     """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once."""
     samples, older = sample_responses(opponent, run.world, config, t), None
     if config.history and t > 0:  # sampled again, alike; scored, like the rest, by p_t
-        older = sample_responses(run.policy(t - 1), run.world, config, t - 1)
+        before = run.policy(0 if config.opponent == "sft" else t - 1)
+        older = sample_responses(before, run.world, config, t - 1)
     responses = self_play_responses(run.world, samples, older,
                                     lambda trees: all_logps(opponent, trees, config.logprob))
     if config.method == "dpo":

@@ -105,9 +105,8 @@ def pair_loss(ratio_N, responses, config, first, ranked=False, most=1 << 20):
 
 
 def theory(player_N, responses, config) -> dict:
-    """What the loss can reach at best, what Theorem 5.4 predicts, and how far the policy is off."""
+    """The least loss, KL(p_data‖prediction) by Theorem 5.4 and TV(policy, prediction), [P]."""
     lam = theorem_lam(config.loss, config.lam, config.mu)
-    figure_P = {}
     P = len(responses.trees.answer_P)
     names = ["loss_floor"] if config.loss == "logistic" else []
     names += ["predicted_kl", "predicted_tv"] if lam else []

@@ -244,8 +244,7 @@ class TreeCache(KVCache):
 
 def response_logps(model, batch: TreeBatch, impl="eager"):
     """log p_θ(y|x) of every response in a batch, [N], nats: `sequence_logps`, but faster."""
-    hidden_MD = model.hidden(batch.token_M, TreeCache(batch))
-    hidden_UD = hidden_MD.index_select(0, batch.scored_U)
+    hidden_UD = model.hidden(batch.token_M, TreeCache(batch), batch.scored_U)
     logp_E = token_logps(hidden_UD, model.head_weight, batch.target_E, impl, batch.parent_E)
     return logp_E.new_zeros(batch.N).index_add(0, batch.row_L, logp_E.index_select(0, batch.edge_L))
 
@@ -339,7 +338,7 @@ def sft_responses(world) -> Responses:
 
 
 def self_play_responses(world, samples, older, opponent_logps) -> Responses:
-    """What iteration t learns from: also the samples of p_t, and log p_t of every response.
+    """What p_{t+1} learns from: also the samples of p_t, and log p_t of every response.
 
     samples[p] counts the opponent's responses to prompt p; `older` (or None) those of p_{t−1}.
     opponent_logps(trees) gives log p_t of all of them.
@@ -349,7 +348,8 @@ def self_play_responses(world, samples, older, opponent_logps) -> Responses:
         {*data, *own, *old} for data, own, old in zip(world.data, samples, older_counts)])
     prompt_N, real_N = prompts_of_rows(trees), shares_of(world.real, trees)
     opponent_N = opponent_logps(trees)
-    own_N = known_shares(prompt_N, real_N, shares_of(samples, trees), opponent_N)
+    own_N = known_shares(prompt_N, real_N, shares_of(samples, trees), opponent_N,
+                         n=sum(samples[0].values()))
     generated_N = (own_N + shares_of(older, trees)) / 2 if older else own_N
     return Responses(trees, prompt_N, shares_of(world.data, trees), real_N, own_N, generated_N,
                      opponent_N)
@@ -366,15 +366,20 @@ def shares_of(counts, trees):
                      for some, responses in zip(counts, trees.responses) for y in responses])
 
 
-def known_shares(prompt_N, real_N, sampled_N, opponent_N):
-    """Let p_t itself, not a count of samples, be the share of each response of the SFT set.
+def known_shares(prompt_N, real_N, sampled_N, opponent_N, n):
+    """Let p_t itself, not a count of n samples, say how the SFT set's responses share their part.
 
-    opponent_N holds log p_t of those anyway. The other responses of a prompt share what is left,
-    in proportion to their counts: E over y' ~ p_t keeps its value and loses noise.
+    opponent_N holds log p_t of those anyway. They have probability `known` together; at least one
+    of n samples is another response with chance 1 − knownⁿ. If that is so, the others get a part
+    of (1 − known)/(1 − knownⁿ), in proportion to their counts, and else nothing. So the mean over
+    samplings is p_t for every response, with less noise than counts have, and the shares of a
+    prompt sum to 1.
     """
     total = lambda share_N: np.bincount(prompt_N, weights=share_N)[prompt_N]
-    known_N = np.where(real_N > 0, np.exp(opponent_N), 0)
+    p_known_N = np.where(real_N > 0, np.exp(opponent_N), 0)
     other_N = np.where(real_N > 0, 0, sampled_N)
-    left_N = np.maximum(0, 1 - total(known_N))
-    share_N = known_N + other_N * left_N / np.maximum(1e-9, total(other_N))
-    return share_N / total(share_N)  # where no other response was sampled
+    known_N = np.minimum(total(p_known_N), 1)
+    chance_N = np.maximum(1 - known_N ** n, 1e-12)
+    part_N = np.where(total(other_N) > 0, np.maximum((1 - known_N) / chance_N, 1 / n), 0)
+    return (part_N * other_N / np.maximum(total(other_N), 1e-12)
+            + (1 - part_N) * p_known_N / np.maximum(total(p_known_N), 1e-300))

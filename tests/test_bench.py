@@ -15,13 +15,15 @@ from bench import train as bench_train
 from bench.measure import in_turns
 from bench.steps import TINY, Stage, fit_before, fit_now, step_operations
 from data.responses import sft_responses
+from data.run.prepare import load_world
+from data.tokenizer import load_encoding
 
 
 @pytest.fixture(scope="module")
 def stages():
     """(SFT, iteration 1) with a fresh opponent, and a player that differs from it."""
     config = train.Config(device="cpu", **TINY)
-    world, _ = train.prepare(config)
+    world = load_world(config, load_encoding(config.encoding, config.pattern))
     opponent = train.new_player(world, config)
     sft = Stage(0, config, world, opponent, sft_responses(world))
     spin = Stage(1, config, world, opponent, train.self_play(opponent, config, 0, sft.run(1)))

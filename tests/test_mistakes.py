@@ -142,8 +142,8 @@ MISTAKES = {
         "np.repeat(-before(partners_I), partners_I)",
         TREES + "pairs_are_all_pairs_of_one_prompt_with_product_weights",
         "Mappings has different keys"),
-    "known responses weighed without making room for the others": (
-        "data/responses.py", "other_N * left_N /", "other_N /",
+    "responses beyond the SFT set weighed too little": (
+        "data/responses.py", "np.maximum((1 - known_N) / chance_N, 1 / n)", "1 - known_N",
         TREES + "known_shares_keep_the_expectation", "expected"),
 }
 

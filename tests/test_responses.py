@@ -302,8 +302,10 @@ def test_table_lists_every_response_once_with_its_shares(history):
     for p in range(3):
         known = {y: math.exp(-len(y)) for y, share in world.real[p].items() if share}
         others = {y: c for y, c in samples[p].items() if y not in known}
-        own = known | {y: (1 - sum(known.values())) * c / sum(others.values())
-                       for y, c in others.items()}
+        total, n = sum(known.values()), samples[p].total()
+        part = (1 - total) / (1 - total ** n)  # of the others, some of which were sampled
+        own = {y: (1 - part) * q / total for y, q in known.items()}
+        own |= {y: part * c / sum(others.values()) for y, c in others.items()}
         for (q, y), row in rows.items():
             if q == p:
                 assert table.opponent_N[row] == -len(y)
@@ -366,32 +368,32 @@ def test_a_batch_averages_its_pairs_over_its_prompts():
 # ---- Known shares -------------------------------------------------------------------------------
 
 def test_known_shares_keep_the_expectation():
-    """Over all outcomes of 3 samples of 4 responses, the mean share of each is p_t, exactly."""
+    """Over all outcomes of 3 samples of 4 responses, the mean share of each is p_t, exactly.
+
+    Outcomes in which no unknown response was sampled count too: to spread the mass that they miss
+    over the known ones would make wrong responses too light, most of all where they are rare.
+    """
     p, n, known = [0.1, 0.2, 0.3, 0.4], 3, 2
     real_N = np.array([1 / known] * known + [0.0] * (4 - known))
-    mean, second, chance = [0.0] * 4, [0.0] * 4, 0.0
+    mean, second = [0.0] * 4, [0.0] * 4
     for outcome in itertools.product(range(4), repeat=n):
-        if max(outcome) < known:
-            continue  # no other response was sampled, so none can stand for the rest
         counted_N = np.array([outcome.count(y) / n for y in range(4)])
-        share_N = known_shares(np.zeros(4, dtype=int), real_N, counted_N, np.log(p))
         weight = math.prod(p[y] for y in outcome)
-        chance += weight
-        for y, share in enumerate(share_N.tolist()):
+        for y, share in enumerate(known_shares(
+                np.zeros(4, dtype=int), real_N, counted_N, np.log(p), n).tolist()):
             mean[y] += weight * share
             second[y] += weight * share**2
-    right = [q * chance for q in p]
-    assert mean == pytest.approx(right, rel=1e-9), f"{mean}, expected {right}"
-    for y in range(4):  # the variance of the share, against that of counting, p(1 − p)/n
-        noise = second[y] / chance - p[y]**2
-        assert noise < 1e-9 if y < known else noise < p[y] * (1 - p[y]) / n
+    assert mean == pytest.approx(p, rel=1e-9), f"{mean}, expected {p}"
+    noise = sum(second) - sum(q * q for q in p)
+    assert noise < sum(q * (1 - q) / n for q in p), "counting has less variance in all"
 
 
 def test_known_shares_sum_to_one_for_each_prompt():
-    """Where none but known ones were sampled; where p_t of them rounds to over 1; held out."""
-    prompt_N = np.array([0, 0, 1, 1, 1, 2, 2])
-    real_N = np.array([0.5, 0.5, 1.0, 0, 0, 0, 0])
-    sampled_N = np.array([0.25, 0.75, 0.5, 0.5, 0, 0.25, 0.75])
-    opponent_N = np.log([0.1, 0.3, 1 + 1e-7, 1e-9, 1e-9, 0.9, 0.1])
-    got = known_shares(prompt_N, real_N, sampled_N, opponent_N).tolist()
-    assert got == pytest.approx([0.25, 0.75, 1, 0, 0, 0.25, 0.75], abs=1e-6)
+    """None but known ones sampled; p_t of them rounds to over 1; held out; some of each kind."""
+    prompt_N = np.array([0, 0, 1, 1, 1, 2, 2, 3, 3])
+    real_N = np.array([0.5, 0.5, 1.0, 0, 0, 0, 0, 1, 0])
+    sampled_N = np.array([0.25, 0.75, 0.5, 0.5, 0, 0.25, 0.75, 0.5, 0.5])
+    opponent_N = np.log([0.1, 0.3, 1 + 1e-7, 1e-9, 1e-9, 0.9, 0.1, 0.6, 0.1])
+    got = known_shares(prompt_N, real_N, sampled_N, opponent_N, 4).tolist()
+    part = 0.4 / (1 - 0.6 ** 4)  # of the other response of prompt 3, which was sampled
+    assert got == pytest.approx([0.25, 0.75, 0.75, 0.25, 0, 0.25, 0.75, 1 - part, part], abs=1e-6)

@@ -204,7 +204,7 @@ class Run:
         return state
 
     def unfinished(self, iterations):
-        """Those iterations t = 0, 1, … whose result p_{t+1} is not saved yet."""
+        """Those t = 0, 1, … for which p_{t+1} is not saved yet."""
         return [t for t in iterations if t + 1 >= self.stage]
 
     def policy(self, t):

@@ -92,7 +92,7 @@ def print_idle_flags(config, world):
         names = ("lam", "loss", "mu", "anchor", "anchor_weight", "opponent", "history")
         idle |= dict.fromkeys(names, "--method sft")
     else:
-        r, s = torch.tensor(0.3), torch.tensor(-0.2)
+        r, s = torch.tensor(-0.3), torch.tensor(0.2)  # where no loss is flat
         loss = LOSSES[config.loss]
         if loss(r, s, config.lam, 2 * config.mu) == loss(r, s, config.lam, config.mu):
             idle["mu"] = f"--loss {config.loss}"

@@ -117,7 +117,7 @@ def draw_theory(path, runs, real_K, generated_K, ends):
     top.suptitle("(a) log(p$_t$/p_data) of responses A, C and E, minus the mean over all six: "
                  "each iteration multiplies it by 1 − 1/λ", fontsize=14)
     small_axes = top.subplots(1, len(runs), squeeze=False, sharey=True)[0]
-    small_axes[0].set_ylabel("log-ratio, nats", fontsize=13)
+    small_axes[0].set_ylabel("log(p$_t$/p_data), nats", fontsize=12)
     for ax, (lam, policies), colour in zip(small_axes, runs.items(), COLOURS):
         draw_log_ratios(ax, lam, policies, colour)
     kl_ax, factor_ax, blind_ax = bottom.subplots(1, 3)

@@ -509,9 +509,9 @@ def tree_case(m, impl="eager", order=None):
         N=len(PATHS))
     calls = []
 
-    def hidden(tokens, cache=None):
+    def hidden(tokens, cache=None, wanted_N=None):
         calls.append((tokens, cache))
-        return torch.eye(M)
+        return torch.eye(M) if wanted_N is None else torch.eye(M)[wanted_N]
     model = SimpleNamespace(hidden=hidden, head_weight=tensor(log_p, grad=True))
     STAND_INS["token_logps"].impls = []
     got = m.response_logps(model, batch, impl)
@@ -568,94 +568,3 @@ def the_implementation_is_passed_on(m):
 def a_gradient_reaches_the_model(m):
     got, model, *_ = tree_case(m)
     require_gradient(got, model.head_weight)
-
-
-# --- known_shares --------------------------------------------------------------------------------
-
-SHARES = "data.responses.known_shares"
-
-
-def check_shares(m, prompt, real, sampled, p):
-    """p is p_t of every response."""
-    got = m.known_shares(np.array(prompt), np.array(real), np.array(sampled), np.log(np.array(p)))
-    require(isinstance(got, np.ndarray), f"an array is expected, not {type(got).__name__}")
-    rows = list(zip(prompt, real, sampled, p))
-    inside = lambda x, rule: sum(rule(r, s, q) for y, r, s, q in rows if y == x)
-
-    def shares(cap=True, count=False, rescale=True, norm=True, whole=False, uniform=False):
-        found = []
-        for x, r, s, q in rows:
-            at = (lambda rule: sum(rule(*row[1:]) for row in rows)) if whole else (
-                lambda rule: inside(x, rule))
-            left = 1 - at(lambda r, s, q: q * (r > 0))
-            left = max(0, left) if cap else left
-            others = at(lambda r, s, q: (s > 0 if uniform else s) * (r == 0))
-            own = (s if count else q) if r > 0 else 0
-            rest = (s > 0 if uniform else s) * (r == 0)
-            found.append(own + rest * (left / max(1e-9, others) if rescale else 1))
-        total = lambda x: sum(f for f, row in zip(found, rows) if row[0] == x)
-        return [f / total(row[0]) if norm and total(row[0]) else f for f, row in zip(found, rows)]
-    right = shares()
-    expect(got.tolist(), right, [
-        ("the shares of a prompt do not sum to 1: divide by their sum, for where no other response "
-         "was sampled", shares(norm=False)),
-        ("the counts are kept where p_t is known: use exp(opponent_N) where real_N > 0",
-         [s for _, _, s, _ in rows]),
-        ("the counts are kept where p_t is known: use exp(opponent_N) where real_N > 0",
-         shares(count=True)),
-        ("the other responses keep their counts: they share what is left, 1 − Σ known",
-         shares(rescale=False)),
-        ("the other responses keep their counts: they share what is left, 1 − Σ known",
-         shares(rescale=False, norm=False)),
-        ("the other responses share what is left equally; it goes by their counts",
-         shares(uniform=True)),
-        ("all prompts are taken together: shares sum to 1 for each prompt", shares(whole=True)),
-        ("all prompts are taken together: shares sum to 1 for each prompt",
-         shares(whole=True, norm=False)),
-        ("a negative share: what is left is at least 0", shares(cap=False)),
-        ("a negative share: what is left is at least 0", shares(cap=False, norm=False)),
-        ("p_t is used for every response; the sampled ones beyond the SFT set go by their counts",
-         [q for *_, q in rows]),
-        ("p_t is used for every response; the sampled ones beyond the SFT set go by their counts",
-         [q / inside(x, lambda r, s, q: q) for x, _, _, q in rows]),
-        ("the shares in the SFT set are used; p_t is asked for: exp(opponent_N)",
-         [r for _, r, _, _ in rows]),
-        ("these are log-probabilities: p_t is exp(opponent_N)", [math.log(q) for *_, q in rows]),
-    ], "the shares", tolerance=1e-6)
-
-
-@claim(SHARES)
-def known_responses_have_p_t_and_the_others_share_what_is_left(m):
-    check_shares(m, [0, 0, 0, 0], [0.7, 0.3, 0.0, 0.0], [0.25, 0.25, 0.125, 0.375],
-                 [0.3, 0.1, 0.2, 0.15])
-
-
-@claim(SHARES)
-def each_prompt_sums_to_one(m):
-    check_shares(m, [0, 0, 0, 1, 1, 2, 2, 2], [1.0, 0, 0, 0.5, 0, 0.2, 0.8, 0],
-                 [0.5, 0.4, 0.1, 0.2, 0.8, 0, 0.9, 0.1], [0.4, 0.1, 0.2, 0.35, 0.1, 0.2, 0.3, 0.01])
-
-
-@claim(SHARES)
-def without_other_samples_the_known_ones_are_scaled_up(m):
-    check_shares(m, [0, 0, 1, 1], [0.5, 0.5, 0.5, 0.5], [1.0, 0.0, 0.5, 0.5], [0.3, 0.1, 0.2, 0.6])
-
-
-@claim(SHARES)
-def a_response_neither_known_nor_sampled_has_no_share(m):
-    check_shares(m, [0, 0, 0], [0.6, 0.0, 0.0], [0.0, 1.0, 0.0], [0.25, 0.4, 0.3])
-
-
-@claim(SHARES)
-def rounding_never_makes_a_share_negative(m):
-    """Float32 log-probs may sum to slightly more than 1."""
-    check_shares(m, [0, 0, 0], [0.5, 0.5, 0.0], [0.5, 0.4, 0.1], [0.62, 0.4, 0.001])
-
-
-@claim(SHARES)
-def inputs_are_left_alone(m):
-    arrays = [np.array([0, 0]), np.array([1.0, 0.0]), np.array([0.5, 0.5]), np.log([0.4, 0.2])]
-    before = [x.tolist() for x in arrays]
-    got = m.known_shares(*arrays)
-    expect(got.tolist() if isinstance(got, np.ndarray) else [], [0.4, 0.6], what="the shares")
-    require([x.tolist() for x in arrays] == before, "an argument was changed in place")

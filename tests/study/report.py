@@ -1,0 +1,191 @@
+"""What study.py found, from the runs' metrics.jsonl alone: a page and a figure in its --out.
+
+Reading order: `rows_of`, `spread` → a table for each part → `draw_methods` → `write`.
+"""
+import json
+import os
+import statistics
+from pathlib import Path
+
+import torch
+
+from bench.measure import BLUE, ORANGE, machine
+from study.mistakes import MISTAKES
+from train import Config
+
+
+def rows_of(path, event="iteration", split="train") -> list[dict]:
+    """Rows of a run's metrics.jsonl of one kind, in order."""
+    lines = (Path(path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row for row in rows if row["event"] == event and row["split"] == split]
+
+
+def values(paths, key, split, t) -> list[float]:
+    """One figure after iteration t, for each run that came so far."""
+    rows = [rows_of(path, split=split) for path in paths]
+    return [some[t][key] for some in rows if len(some) > t]
+
+
+def spread(numbers, form=".3f") -> str:
+    """Mean and range: 0.040 (0.039–0.043)."""
+    if not numbers:
+        return "stopped"
+    return f"{statistics.mean(numbers):{form}} ({min(numbers):{form}}–{max(numbers):{form}})"
+
+
+def command(settings) -> str:
+    """What to type for a run with the default seed."""
+    changed = {name: value for name, value in settings.items()
+               if name not in ("data", "seed") and value != getattr(Config, name)}
+    flags = [f" --{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
+             f" --{name.replace('_', '-')} {value}" for name, value in changed.items()]
+    return f"`python train.py{''.join(flags)}`"
+
+
+def table(head, rows) -> str:
+    """A Markdown table; numbers must be formatted already."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+def tuning_table(tried) -> str:
+    """KL in the mean over the tuning seeds, and the iteration after which it is least."""
+    tried_values = sorted({value for scores in tried.values() for value in scores})
+    rows = []
+    for (data, method), scores in tried.items():
+        best = min(scores, key=scores.get)
+        cells = [f"{scores[v][0]:.3f} at {scores[v][1]}" if v in scores else ""
+                 for v in tried_values]
+        rows.append([f"{method}, {data}", *(f"**{cell}**" if v == best else cell
+                                            for v, cell in zip(tried_values, cells))])
+    return table(["", *(f"{v:g}" for v in tried_values)], rows)
+
+
+def methods_table(found, data) -> str:
+    """Each method at its chosen stop: mean and range over seeds."""
+    some = {method: one for (d, method), one in found.items() if d == data}
+    columns = [("kl", "train", ".3f"), ("kl", "heldout", ".3f"), ("off_support", "train", ".1%"),
+               ("off_support", "heldout", ".1%")]
+    paths = some["SPIN"][0]
+    rows = [["SFT, where all start", "", *(spread(values(paths, key, split, 0), form)
+                                           for key, split, form in columns)]]
+    for method, (paths, settings, stop) in some.items():
+        rows.append([method, command(settings | {"iters": stop}), *(
+            spread(values(paths, key, split, stop), form) for key, split, form in columns)])
+    return table(["method", "command", "KL, train", "KL, held out", "off-support, train",
+                  "off-support, held out"], rows)
+
+
+def runs_table(found) -> str:
+    """One run with its seeds a row: KL after each iteration, and off-support mass at the end."""
+    rows = []
+    for paths, change, mistake in found:
+        name = MISTAKES[mistake][1] if mistake else command(change)
+        last = max(len(rows_of(path)) for path in paths)
+        after = [spread(values(paths, "kl", "train", t)) for t in range(1, last)]
+        full = json.loads((paths[0] / "config.json").read_text(encoding="utf-8"))["iters"]
+        stopped = ["stopped"] * (full + 1 - last)
+        rows.append([name, *after, *stopped,
+                     spread(values(paths, "kl", "heldout", full)),
+                     spread(values(paths, "off_support", "train", full), ".1%")])
+    head = ["", *(f"KL, train, {t}" for t in range(1, full + 1)), "KL, held out, end",
+            "off-support, train, end"]
+    return table(head, rows)
+
+
+# --- the figure ----------------------------------------------------------------------------------
+
+def draw_methods(found, path):
+    """A panel for each amount of data, a line for each method: means as dots, ranges as bars."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    kinds = list(dict.fromkeys(data for data, _ in found))
+    with plt.rc_context({"font.size": 14}):
+        figure, axes = plt.subplots(1, len(kinds), figsize=(14, 5), squeeze=False, sharey=True,
+                                    layout="constrained")
+        for ax, data in zip(axes.flat, kinds):
+            some = {method: one for (d, method), one in found.items() if d == data}
+            for split, colour, mark, shift in (("train", BLUE, "o", -0.12),
+                                               ("heldout", ORANGE, "s", 0.12)):
+                for y, (paths, _, stop) in enumerate(some.values()):
+                    numbers = values(paths, "kl", split, stop)
+                    if numbers:
+                        ax.plot([min(numbers), max(numbers)], [y + shift] * 2, color=colour, lw=3)
+                        ax.plot(statistics.mean(numbers), y + shift, mark, color=colour, ms=9)
+                ax.plot([], [], mark + "-", color=colour, ms=9, lw=3,
+                        label="training prompts" if split == "train" else "held-out prompts")
+            settings = next(iter(some.values()))[1]
+            few = settings.get("sft_samples", Config.sft_samples)
+            ax.set(xscale="log", xlabel="KL(p_data‖p_θ), nats; lower is better",
+                   title=f"{data} data: {few} responses a prompt")
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.set_yticks(range(len(some)), list(some))
+            ax.grid(axis="x", alpha=0.4)
+        axes[0, 0].invert_yaxis()
+        axes[0, 0].legend(loc="lower right")
+        figure.savefig(path, dpi=80)
+        plt.close(figure)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+TUNING = """## Tuning
+
+KL(p_data‖p_θ) in nats on held-out prompts, in the mean over seeds that nothing else uses ({}),
+and after which iteration it is least. Bold is chosen: the same rule for every method. The range
+of values was widened until the best lies inside (or at a limit: rates from 6e-5 to 0.065, λ from
+0.03 to 200).
+
+Learning rates, at the default λ:
+
+"""
+METHODS = """## Methods
+
+Mean and range over seeds that were not used for tuning ({}), each method stopped after the
+iteration that tuning chose. KL in nats. "no anchor": `--anchor none`; else the mass anchor. SFT
+has no opponent, hence no anchor. The commands give these runs with seed 0.
+
+"""
+SWITCHES = """## What each switch does
+
+Mean and range over seeds {}. Two are not expected to converge: the correlation loss 1 − u has no
+minimum, and below λ = ½ exact self-play overshoots further at every iteration (Theorem 5.4).
+
+"""
+MISTAKES_TEXT = """## Mistakes of published code
+
+The default settings with one mistake each (`tests/study/mistakes.py`), seeds {}. Rows on
+sampling and on the wrong opponent are to be compared with the row of counts: knowing p_t(y) for
+the responses of the SFT set, as the tutorial does, would hide these mistakes.
+
+"""
+
+
+def write(args, found, seconds):
+    """README.md and study.png in --out."""
+    out, seeds = Path(args.out), lambda part: ", ".join(map(str, args.seeds[part]))
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/done")]
+    cpu = sum(one["cpu"] for one in done) / 60
+    text = (f"# What `python tests/study/study.py` found\n\nWritten by the script from its runs' "
+            f"metrics. {machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
+            f"`--parts {args.parts}`{' --quick' if args.quick else ''}: {len(done)} runs, "
+            f"{cpu:.0f} min of processor time, {cpu / args.workers:.0f} min with "
+            f"{args.workers} runs at a time.\n\n")
+    if "rates" in found:
+        text += TUNING.format(seeds("tune")) + tuning_table(found["rates"])
+        text += "λ, at each method's best rate:\n\n" + tuning_table(found["lams"])
+    if "methods" in found:
+        text += METHODS.format(seeds("methods"))
+        for data in dict.fromkeys(data for data, _ in found["methods"]):
+            text += f"{data.capitalize()} data:\n\n" + methods_table(found["methods"], data)
+        draw_methods(found["methods"], out / "study.png")
+    if "switches" in found:
+        text += SWITCHES.format(seeds("switches")) + runs_table(found["switches"])
+    if "mistakes" in found:
+        text += MISTAKES_TEXT.format(seeds("mistakes")) + runs_table(found["mistakes"])
+    (out / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    print(f"\n{text}wrote {out / 'README.md'}; {seconds / 60:.1f} min")
