@@ -10,27 +10,27 @@ import torch
 from data.errors import InputError
 from model import GPT, GPTConfig
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-UNUSED = (".attn.bias", ".attn.masked_bias", "__metadata__")  # causal masks, and the file's notes
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "U8": torch.uint8, "BOOL": torch.bool}  # these two for masks
+MASKS = (".attn.bias", ".attn.masked_bias")  # what is causal; the model makes its own
 CONV1D = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
     """Eight bytes give the header's length; the header is JSON; then come the numbers, mapped."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if start > size:
-            raise ValueError(f"its header would end at byte {start} of {size}; it may be cut")
-        header = json.loads(file.read(start - 8))
-    numbers, tensors, end = torch.from_file(str(path), size=size, dtype=torch.uint8), {}, start
-    used = {name: entry for name, entry in header.items() if not name.endswith(UNUSED)}
-    for name, entry in sorted(used.items(), key=lambda item: item[1]["data_offsets"]):
+    file, tensors = torch.from_file(str(path), size=size, dtype=torch.uint8), {}
+    end = start = 8 + int.from_bytes(file[:8].tolist(), "little")
+    if start > size:
+        raise ValueError(f"its header would end at byte {start} of {size}; it may be cut")
+    header = json.loads(bytes(file[8:start].numpy()))
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, count = DTYPES.get(entry["dtype"]), torch.Size(entry["shape"]).numel()
         first, last = (start + offset for offset in entry["data_offsets"])
         if not (dtype and end <= first <= last <= size and last - first == count * dtype.itemsize):
-            raise ValueError(f"{name} {entry} is not floats, ends after byte {size} or overlaps")
-        tensors[name], end = numbers[first:last].clone().view(dtype).view(entry["shape"]), last
+            raise ValueError(f"{name} {entry} ends after byte {size}, overlaps, or is not floats")
+        tensors[name], end = file[first:last].clone().view(dtype).view(entry["shape"]), last
     return tensors
 
 
@@ -38,13 +38,12 @@ def config_of(weights, beside, n_vocab) -> GPTConfig:
     """Sizes from the shapes; n_head from config.json beside the file, else 64 numbers a head."""
     (V, D), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
     says = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
-    n_head = says.get("n_head", 0 if D % 64 else D // 64)
-    gelu = says.get("activation_function", "gelu_new")
-    if n_head not in range(1, D + 1) or D % n_head or gelu != "gelu_new":
+    n_head, gelu = says.get("n_head", 0 if D % 64 else D // 64), says.get("activation_function")
+    if n_head not in range(1, D + 1) or D % n_head or gelu not in (None, "gelu_new"):
         raise ValueError(f"config.json: {n_head} heads cannot share {D} numbers, or {gelu!r}")
     if V != n_vocab:
         raise ValueError(f"it has {V - 1} tokens, --encoding makes {n_vocab - 1}; GPT-2's is gpt2")
-    return GPTConfig(n_vocab, T, sum(name.endswith("ln_1.bias") for name in weights), int(n_head), D)
+    return GPTConfig(V, T, sum(name.endswith("ln_1.bias") for name in weights), int(n_head), D)
 
 
 def load_gpt2(path, n_vocab) -> GPT:
@@ -55,7 +54,7 @@ def load_gpt2(path, n_vocab) -> GPT:
         if sum(w.nbytes for w in found.values()) > 2 * path.stat().st_size:  # 2: a tied head
             raise ValueError("its tensors claim more than it holds")
         weights = {name.removeprefix("transformer."): (w.T if name.endswith(CONV1D) else w)
-                   .float().contiguous() for name, w in found.items() if not name.endswith(UNUSED)}
+                   .float().contiguous() for name, w in found.items() if not name.endswith(MASKS)}
         wte_VD = weights["wte.weight"]
         if not weights.pop("lm_head.weight", wte_VD).equal(wte_VD):
             raise ValueError("its head is not its embedding, as GPT-2's is")

@@ -14,6 +14,9 @@ node 3, and 7 for node 4. In a plain text every subtree reaches to the end of th
 left is the causal mask, j ≤ i. A node's position is the number of its ancestors; log p(y|x) is the
 sum over the edges of y's path, END's among them.
 
+At a first reading, skip to `response_logps` and `Responses`: what stands between is bookkeeping,
+and a test binds it to `sequence_logps`.
+
 Reading order: `grow`, one tree → `PrefixTrees` → `TreeCache` → `response_logps` → `Responses`.
 Dimensions: P prompts, K trees, M nodes, U nodes that score something, E edges, N responses (of all
 prompts), L steps of their paths, R rows of T places for attention, B pairs, D width. Nats.
@@ -126,8 +129,9 @@ class PrefixTrees:
         self.responses = [sorted(some) for some in responses]
         trees = [grow_all(prompt, some) for prompt, some in zip(prompts, self.responses)]
         self.columns = {name: np.concatenate([tree[name] for tree in trees]) for name in trees[0]}
-        self.answer_P = np.array([len(prompt) - 1 for prompt in prompts])  # depth of the first node
-        self.length_N = np.array([len(y) for some in self.responses for y in some])  # that scores
+        # ANSWER's depth: nodes that deep, and deeper ones, score something.
+        self.answer_P = np.array([len(prompt) - 1 for prompt in prompts])
+        self.length_N = np.array([len(y) for some in self.responses for y in some])
         first = lambda counts: np.cumsum([0, *counts])  # prompt p has first[p] … first[p + 1] − 1
         self.first_node = first(len(tree["token"]) for tree in trees)
         self.first_tree = first(len(tree["size"]) for tree in trees)
@@ -174,7 +178,7 @@ def before(count_P):
     return np.cumsum(count_P) - count_P
 
 
-def pack(size_P):
+def pack(size_K):
     """Where each tree stands: rows are as wide as the largest tree, and small trees share one.
 
     Returns each tree's row and first column, and the shape (rows, columns). First fit, large trees
@@ -183,15 +187,15 @@ def pack(size_P):
     >>> pack(np.array([2, 5, 3]))
     (array([1, 0, 1]), array([3, 0, 0]), (2, 5))
     """
-    width, room = int(size_P.max()), []
-    row_P, column_P = np.zeros_like(size_P), np.zeros_like(size_P)
-    for p in np.argsort(-size_P, kind="stable"):
-        row = next((row for row, left in enumerate(room) if left >= size_P[p]), len(room))
+    width, room = int(size_K.max()), []
+    row_K, column_K = np.zeros_like(size_K), np.zeros_like(size_K)
+    for k in np.argsort(-size_K, kind="stable"):
+        row = next((row for row, left in enumerate(room) if left >= size_K[k]), len(room))
         if row == len(room):
             room.append(width)
-        row_P[p], column_P[p] = row, width - room[row]
-        room[row] -= int(size_P[p])
-    return row_P, column_P, (len(room), width)
+        row_K[k], column_K[k] = row, width - room[row]
+        room[row] -= int(size_K[k])
+    return row_K, column_K, (len(room), width)
 
 
 def to_device(array, device):
@@ -235,8 +239,8 @@ class TreeCache(KVCache):
 
     def in_rows(self, x_MD):
         R, T = self.shape_RT
-        x_SD = x_MD.new_zeros(R * T, x_MD.shape[1]).index_copy(0, self.batch.slot_M, x_MD)
-        return x_SD.view(R, T, -1)
+        places = x_MD.new_zeros(R * T, x_MD.shape[1]).index_copy(0, self.batch.slot_M, x_MD)
+        return places.view(R, T, -1)
 
     def as_given(self, x_RTD):
         return x_RTD.flatten(0, 1).index_select(0, self.batch.slot_M)
@@ -277,8 +281,8 @@ class Responses:
     prompt_N: np.ndarray  # the prompt of each response, in ascending order
     data_N: np.ndarray  # p_data(y|x), exact
     real_N: np.ndarray  # share in the SFT set
-    own_N: np.ndarray  # share under p_t: of its samples, or p_t itself where that is known
-    generated_N: np.ndarray  # what the loss compares with: own_N, or its mean with older samples
+    own_N: np.ndarray  # for the anchor: p_t(y|x) in the SFT set, else the share of its samples
+    generated_N: np.ndarray  # what the loss compares with: `known_shares`, or older samples too
     opponent_N: np.ndarray  # log p_t(y|x), nats, computed once: the opponent is frozen
 
     def batch(self, prompts, device="cpu") -> "Batch":
@@ -348,9 +352,12 @@ def self_play_responses(world, samples, older, opponent_logps) -> Responses:
         {*data, *own, *old} for data, own, old in zip(world.data, samples, older_counts)])
     prompt_N, real_N = prompts_of_rows(trees), shares_of(world.real, trees)
     opponent_N = opponent_logps(trees)
-    own_N = known_shares(prompt_N, real_N, shares_of(samples, trees), opponent_N,
-                         n=sum(samples[0].values()))
-    generated_N = (own_N + shares_of(older, trees)) / 2 if older else own_N
+    sampled_N, n = shares_of(samples, trees), sum(samples[0].values())
+    generated_N = known_shares(prompt_N, real_N, sampled_N, opponent_N, n)
+    if older:
+        generated_N = (generated_N + shares_of(older, trees)) / 2
+    # Not scaled to sum to 1: where p_θ is all on the SFT set's responses, m is 1 exactly.
+    own_N = np.where(real_N > 0, np.exp(opponent_N), sampled_N)
     return Responses(trees, prompt_N, shares_of(world.data, trees), real_N, own_N, generated_N,
                      opponent_N)
 

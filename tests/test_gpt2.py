@@ -1,4 +1,4 @@
-"""GPT-2's weights and tokenizer: read as Hugging Face reads them, refused in one line if not theirs.
+"""GPT-2's weights and tokenizer: read as GPT-2's own code reads them, or refused in one line.
 
 The oracles are files written by hand, byte by byte, and the model as plain functions
 (`gpt2_by_hand`); where transformers is installed, also its own GPT-2.
@@ -6,7 +6,6 @@ The oracles are files written by hand, byte by byte, and the model as plain func
 `python tests/test_gpt2.py FOLDER` writes what data/GPT2.md measures with: 200 invented pairs, and
 a model of GPT-2's vocabulary with random weights, two layers and width 128.
 """
-import base64
 import hashlib
 import json
 import random
@@ -166,7 +165,7 @@ HOSTILE = {
     "header beyond the file": (bytes_of(b"{}", length=3), "header would end at byte 11 of 10"),
     "header of 2^64 bytes": (bytes_of(b"{}", length=2**64 - 1), "may be cut"),
     "cut in the header": (WHOLE[:500], "may be cut"),
-    "cut in the numbers": (WHOLE[:-100], "h.1.attn.masked_bias", "wte.weight", "ends after byte"),
+    "cut in the numbers": (WHOLE[:-100], "h.1.attn.bias", "ends after byte"),
     "no JSON": (bytes_of(b"{]"), "JSON"),
     "JSON too deep": (bytes_of(b"[" * 100_000), "RecursionError"),
     "a list": (bytes_of([1, 2]), "not GPT-2's weights"),
@@ -200,7 +199,7 @@ def test_hostile_safetensors_gets_one_line(tmp_path, name):
     path = tmp_path / "a.safetensors"
     save(path, published())
     path.write_bytes(content if isinstance(content, bytes) else bytes_of(*content))
-    assert any(word in refusal(path) for word in words), refusal(path)
+    assert all(word in refusal(path) for word in words), refusal(path)
 
 
 def refusal(path, n_vocab=V + 1) -> str:
@@ -243,7 +242,7 @@ def test_hostile_state_dict_gets_one_line(tmp_path, capsys):
         refusal(path)
     torch.save(published(), path)
     whole = path.read_bytes()
-    for content in (b"", b"PK\x03\x04", whole[:len(whole) // 2], b"\x80\x04", b"GGUF" + whole):
+    for content in (b"", b"PK\x03\x04", whole[:len(whole) // 2], b"\x80\x02", b"GGUF" + whole):
         path.write_bytes(content)
         refusal(path)
     assert "attacked" not in capsys.readouterr().out
@@ -259,14 +258,14 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
 def test_config_json_must_be_gpt2_s(tmp_path):
     path, beside = save(tmp_path / "a.safetensors", published()), tmp_path / "config.json"
     for text in ("{", "[]", '{"n_head": 5}', '{"n_head": "2"}', '{"n_head": 0}', '{"n_head": -2}',
-                 '{"n_head": 2.0}', "{}", '{"n_head": 2, "activation_function": "relu"}'):
+                 "{}", '{"n_head": 2, "activation_function": "relu"}'):
         beside.write_text(text, "utf-8")
         refusal(path)
 
 
 def test_missing_file_a_folder_and_the_wrong_tokenizer_are_named(tmp_path):
     assert "No such file" in refusal(tmp_path / "none.safetensors")
-    assert "Is a directory" in refusal(tmp_path) or True
+    assert "Is a directory" in refusal(tmp_path)
     path = save(tmp_path / "a.safetensors", published())
     assert "it has 300 tokens, --encoding makes 511; GPT-2's is gpt2" in refusal(path, 512)
 
@@ -277,7 +276,8 @@ PAGE = (ROOT / "README.md").read_text("utf-8") + PROBE
 
 
 def test_rank_file_with_gpt2_s_pattern_cuts_as_gpt2_does(tmp_path):
-    ranks = train_bpe([PAGE[:2000]], 400)
+    merges = [b"12", b"re", b"'re", b"  ", b"\n\n", b" t", b"he", b" the", b"\n        "]
+    ranks = {bytes([i]): i for i in range(256)} | {m: 256 + i for i, m in enumerate(merges)}
     (tmp_path / "ranks").write_text(dump_ranks(ranks), "utf-8")
     by_hand = tiktoken.Encoding("by hand", mergeable_ranks=ranks, special_tokens={}, pat_str=(
         # as OpenAI published it with the weights; tiktoken's form is a faster one
@@ -285,7 +285,7 @@ def test_rank_file_with_gpt2_s_pattern_cuts_as_gpt2_does(tmp_path):
     got = load_encoding(str(tmp_path / "ranks"), "gpt2")
     for text in (PAGE, "we're 12345  x\n\n  it's", "  ", "\t\tdef f():\n        return 1\n   \n"):
         assert got.encode_ordinary(text) == by_hand.encode_ordinary(text)
-    assert got.encode_ordinary("12") != load_encoding(str(tmp_path / "ranks")).encode_ordinary("12 ")
+    assert got.encode_ordinary(PAGE) != load_encoding(str(tmp_path / "ranks")).encode_ordinary(PAGE)
 
 
 def test_gpt2_pattern_is_the_one_in_tiktoken():
@@ -312,7 +312,6 @@ def test_named_encoding_comes_from_the_cache_without_network(tmp_path, monkeypat
     load = public.load_tiktoken_bpe
     monkeypatch.setattr(public, "load_tiktoken_bpe", lambda url, expected_hash: load(
         url, hashlib.sha256(content).hexdigest()))
-    monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS or {}, "none", None)
     base = public.r50k_base
     monkeypatch.setattr("tiktoken.registry.ENCODING_CONSTRUCTORS", {
         "r50k_base": lambda: base() | {"explicit_n_vocab": None}})
@@ -359,20 +358,11 @@ def test_run_starts_from_the_file_and_takes_its_sizes(tmp_path, capsys):
     assert here(capsys, ["--out", str(tmp_path / "out"), "--samples", "3"], "sample.py")[0] == 0
 
 
-def test_eager_and_fused_runs_from_a_file_agree(tmp_path, capsys):
-    found = []
-    for logprob in ("eager", "fused"):
-        assert here(capsys, start(tmp_path, "--logprob", logprob, out=logprob))[0] == 0
-        found.append([row["nll"] for row in rows_of(tmp_path / logprob)])
-    assert len(found[0]) == len(found[1]) and torch.allclose(*map(torch.tensor, found), rtol=1e-3)
-
-
 def test_resuming_needs_the_same_file(tmp_path, capsys):
     flags = start(tmp_path)
     assert here(capsys, [*flags, "--iters", "1"])[0] == 0
     assert here(capsys, [*flags, "--resume"])[0] == 0
-    refused(capsys, flags[2:] + ["--resume"], "--block-size", "the same")
-    tensors = published()
+    refused(capsys, flags[2:] + ["--resume"], "--n-layer", "resume with the same")
     other = tiny_gpt(511, 64, 1, 2, 16, seed=1).state_dict()
     save(tmp_path / "model.safetensors", {name: w.T.contiguous() if name.endswith(CONV1D) else w
                                           for name, w in other.items()})
@@ -409,11 +399,11 @@ def test_cache_with_room_holds_the_same_keys_as_the_plain_one():
 
 def test_long_responses_are_the_same_with_and_without_room(monkeypatch):
     def sampled():
-        return generate(tiny_gpt(block_size=128), [[0, 1], [2], [0, 1, 2]] * 4, max_new_tokens=100,
-                        end_token=3, generator=torch.Generator().manual_seed(0), top_k=3)
+        return generate(tiny_gpt(50, 128), [[0, 1], [2], [0, 1, 2]] * 4, max_new_tokens=100,
+                        end_token=3, generator=torch.Generator().manual_seed(0))
     with_room = sampled()
     monkeypatch.setattr("sample.RoomyCache", KVCache)
-    assert with_room == sampled() and max(map(len, with_room)) > 5
+    assert with_room == sampled() and max(map(len, with_room)) > 50 > min(map(len, with_room))
 
 
 # ---- Against Hugging Face's own GPT-2 -----------------------------------------------------------
@@ -443,21 +433,23 @@ DISHES = {"a lentil soup": "lentils, two carrots, an onion and a bay leaf",
           "flat bread": "flour, warm water, salt and a spoon of oil",
           "a potato salad": "small potatoes, mustard, vinegar and chives",
           "rice pudding": "round rice, milk, sugar and a stick of cinnamon"}
-THINGS = {"bicycle chain": "wipe it with a dry rag, put one drop of oil on each link and turn the "
-                           "pedals backwards until the noise is gone",
-          "kitchen knife": "hold the blade at twenty degrees, draw it over a wet stone ten times on "
-                           "each side and rinse it in warm water",
-          "garden hose": "cut out the cracked part, warm both ends in hot water and join them with "
-                         "a brass coupling and two clips",
-          "desk lamp": "pull the plug, let the bulb cool down, and replace the switch if the wire "
-                       "behind it looks brown"}
-NAMES_ = "Nadia Omar Lucia Tomas Ines Pavel Greta Hugo Amira Felix".split()
+THINGS = {
+    "bicycle chain": "wipe it with a dry rag, put one drop of oil on each link and turn the pedals "
+                     "backwards until the noise is gone",
+    "kitchen knife": "hold the blade at twenty degrees, draw it over a wet stone ten times on each "
+                     "side and rinse it in warm water",
+    "garden hose": "cut out the cracked part, warm both ends in hot water and join them with a "
+                   "brass coupling and two clips",
+    "desk lamp": "pull the plug, let the bulb cool down, and replace the switch if the wire behind "
+                 "it looks brown"}
+PEOPLE = "Nadia Omar Lucia Tomas Ines Pavel Greta Hugo Amira Felix".split()
 
 
 def pair(rng) -> dict:
     """One invented instruction and its response, of 20 to 120 tokens together."""
-    a, b, n, m = rng.choice(NAMES_), rng.choice(CITIES), rng.randint(3, 40), rng.randint(2, 9)
+    a, b, n, m = rng.choice(PEOPLE), rng.choice(CITIES), rng.randint(3, 40), rng.randint(2, 9)
     dish, thing = rng.choice(list(DISHES)), rng.choice(list(THINGS))
+    least = next(d for d in range(2, n + 1) if n % d == 0)  # n's least divisor but 1
     day = rng.choice("Monday Tuesday Wednesday Thursday Friday".split())
     prompt, response = rng.choice([
         (f"{a} buys {m} boxes of {n} pencils and gives {n - 2} away. How many are left?",
@@ -477,19 +469,22 @@ def pair(rng) -> dict:
          f"1. The old town of {b}, on foot.\n2. The market hall, where you can have lunch.\n3. The "
          f"view from the hill, best after {m} in the afternoon."),
         (f"Is {n} a prime number? Explain.",
-         f"No, since {n} = {next(d for d in range(2, n + 1) if n % d == 0)} × "
-         f"{n // next(d for d in range(2, n + 1) if n % d == 0)}." if any(
-             n % d == 0 for d in range(2, n)) else
-         f"Yes. No number from 2 to {n - 1} divides {n} without a remainder, so {n} has no divisors "
-         f"but 1 and itself.")])
+         f"Yes. No number from 2 to {n - 1} divides {n} without a remainder, so {n} has no divisor "
+         f"but 1 and itself." if least == n else
+         f"No. A prime number has no divisor but 1 and itself, and {n} is {least} times "
+         f"{n // least}.")])
     return {"prompt": prompt, "response": response}
 
 
 def invented_pairs(count=200, seed=0) -> list[dict]:
-    """Pairs with prompts that all differ."""
+    """Pairs with prompts that all differ; some ask for two things."""
     rng, pairs = random.Random(seed), {}
     while len(pairs) < count:
-        row = pair(rng)
+        row, other = pair(rng), pair(rng)
+        two = {key: f"{row[key]}{gap}{other[key]}" for key, gap in
+               (("prompt", " And then: "), ("response", "\n\n"))}
+        if rng.random() < 0.4 and len(two["prompt"] + two["response"]) < 480:
+            row = two
         pairs.setdefault(row["prompt"], row)
     return list(pairs.values())
 
@@ -506,7 +501,7 @@ def test_invented_pairs_are_what_the_page_says():
     pairs = invented_pairs()
     assert len(pairs) == 200 == len({row["prompt"] for row in pairs})
     assert pairs == invented_pairs() and len({row["response"] for row in pairs}) > 150
-    assert all(60 < len(row["prompt"] + row["response"]) < 500 for row in pairs)
+    assert all(60 < len(row["prompt"] + row["response"]) < 700 for row in pairs)
 
 
 if __name__ == "__main__":

@@ -311,11 +311,14 @@ def test_self_play_weighs_known_responses_by_p_t_and_the_others_by_their_samples
         of_prompt = {y: row for (q, y), row in rows.items() if q == p}
         known = {y: math.exp(logp_N[row]) for y, row in of_prompt.items() if world.real[p].get(y)}
         others = {y: c for y, c in counts.items() if y not in known}
-        share = known | {y: (1 - sum(known.values())) * c / sum(others.values())
-                         for y, c in others.items()}
+        total, n = sum(known.values()), counts.total()
+        part = (1 - total) / (1 - total ** n) if others else 0  # of those not in the SFT set
+        share = {y: (1 - part) * p / total for y, p in known.items()}
+        share |= {y: part * c / sum(others.values()) for y, c in others.items()}
         for y, row in of_prompt.items():
             assert responses.generated_N[row] == pytest.approx(share.get(y, 0), abs=1e-5), y
-    assert (responses.own_N == responses.generated_N).all(), "no history: one and the same"
+            own = known.get(y, counts[y] / n)
+            assert responses.own_N[row] == pytest.approx(own, abs=1e-5), y
 
 
 def test_history_mixes_in_the_samples_of_the_iteration_before(play):
@@ -323,12 +326,13 @@ def test_history_mixes_in_the_samples_of_the_iteration_before(play):
     world, config, models = play
     responses = self_play(play, 1, history=1)
     rows, older = table_of(responses), train.sample_responses(models[0], world, config, 0)
-    for (p, y), row in rows.items():
-        assert responses.generated_N[row] == pytest.approx(
-            (responses.own_N[row] + older[p][y] / NEGATIVES) / 2, abs=1e-6)
-    assert {(p, y) for p, counts in enumerate(older) for y in counts} <= set(rows)
     own = self_play(play, 1)
     own_rows = table_of(own)
+    for (p, y), row in rows.items():
+        now = own.generated_N[own_rows[p, y]] if (p, y) in own_rows else 0
+        assert responses.generated_N[row] == pytest.approx(
+            (now + older[p][y] / NEGATIVES) / 2, abs=1e-6)
+    assert {(p, y) for p, counts in enumerate(older) for y in counts} <= set(rows)
     for key, row in rows.items():
         was = own.own_N[own_rows[key]] if key in own_rows else 0
         assert responses.own_N[row] == pytest.approx(was, abs=1e-6), "the anchor needs p_t's alone"
@@ -336,7 +340,8 @@ def test_history_mixes_in_the_samples_of_the_iteration_before(play):
         "older samples are scored by the current opponent, like the rest"
         + whose(responses.opponent_N, models, responses))
     first = self_play(play, 0, history=1)
-    assert (first.generated_N == first.own_N).all(), "before iteration 0 there is no older opponent"
+    plain = self_play(play, 0)
+    assert (first.generated_N == plain.generated_N).all(), "p_0 has no opponent before it"
 
 
 # ---- The objectives -----------------------------------------------------------------------------
@@ -353,7 +358,7 @@ def batch(play):
         rows=[[n for n, key in enumerate(keys) if key[0] == p] for p in TRAIN],
         **{name: getattr(batch, f"{name}_N").tolist() for name in ("real", "data", "own",
                                                                    "opponent")})
-    by_hand.generated = by_hand.own  # no history
+    by_hand.generated = batch.host["generated"].tolist()
     by_hand.ratio = [a - b for a, b in zip(by_hand.player, by_hand.opponent)]
     return batch, by_hand
 

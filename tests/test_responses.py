@@ -311,7 +311,7 @@ def test_table_lists_every_response_once_with_its_shares(history):
                 assert table.opponent_N[row] == -len(y)
                 assert table.data_N[row] == pytest.approx(world.data[p].get(y, 0), rel=1e-12)
                 assert table.real_N[row] == pytest.approx(world.real[p].get(y, 0))
-                assert table.own_N[row] == pytest.approx(own.get(y, 0), abs=1e-12)
+                assert table.own_N[row] == pytest.approx(known.get(y, samples[p][y] / n), abs=1e-12)
                 right = (own.get(y, 0) + older[p][y] / 4) / 2 if history else own.get(y, 0)
                 assert table.generated_N[row] == pytest.approx(right, abs=1e-12)
 

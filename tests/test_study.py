@@ -146,7 +146,7 @@ def test_greedy_gives_one_response_to_each_prompt(run):
 
 def test_counts_only_leaves_the_shares_of_the_samples(run):
     mistakes.counts_only(run[0])
-    counts_N = torch.tensor(play(run, 1).own_N * run[0].negatives)
+    counts_N = torch.tensor(play(run, 1).generated_N * run[0].negatives)
     assert torch.allclose(counts_N, counts_N.round(), atol=1e-4) and counts_N.max() > 1
 
 
