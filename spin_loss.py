@@ -130,8 +130,8 @@ def mass_anchor(policy_N, opponent_N, share_N, prompt_N, P=None):
     Adding one constant to every log p_θ changes no margin, so SPIN lets probability leak to
     strings that nobody sampled. Over all strings, E_{y'~p_t}[p_θ(y')/p_t(y')] = Σ_y' p_θ(y') = 1
     for every θ. Over the sampled y', m falls below 1 as p_θ moves probability elsewhere. At
-    Theorem 5.4's optimum p_θ has only right responses; if those are among the y', m is 1 there, and
-    the penalty leaves that optimum where it is.
+    Theorem 5.4's optimum p_θ has only right responses; if all of them are among the y', each with
+    its share p_t(y'), m is 1 there, and the penalty leaves that optimum where it is.
 
     For a small leak the penalty is about (1 − m)². As m → 0 its slope in log m tends to −1, while
     that of (1 − m)² tends to 0: a large leak can still be undone. m > 1 is not penalised: it comes
