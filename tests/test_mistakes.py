@@ -86,8 +86,8 @@ MISTAKES = {
         "train.py", DRAWN, "top_k=50, " + DRAWN,
         SAMPLED + "[a wide vocabulary]", "rare tokens never come"),
     "negatives drawn with top-p": (
-        "sample.py", "    # Subtle: the sum of float32", "    cdf_BV = cdf_BV.clamp(max=0.95)\n"
-        "    # Subtle: the sum of float32",
+        "sample.py", "    # Subtle: the float32 cumsum may", "    cdf_BV = cdf_BV.clamp(max=0.95)\n"
+        "    # Subtle: the float32 cumsum may",
         SAMPLED + "[a wide vocabulary]", "rare tokens never come"),
     "negatives drawn at temperature 0.7": (
         "train.py", DRAWN, "temperature=0.7, " + DRAWN,

@@ -254,7 +254,7 @@ def plain_weights(tmp_path_factory):
 
 @pytest.mark.parametrize("change", [
     *({"loss": loss} for loss in LOSSES if loss != "logistic"), {"lam": 1.0},
-    {"anchor": "none"}, {"anchor": "sft"}, {"anchor_weight": 5.0}, {"method": "sft"},
+    {"anchor": "none"}, {"anchor": "sft"}, {"anchor_weight": 1.0}, {"method": "sft"},
     {"opponent": "sft"}, {"history": 1}, {"average": 1.0},
     {"loss": "space", "mu": 2.0}, {"precision": "bfloat16"}, {"seed": 1}], ids=str)
 def test_every_switch_runs_and_changes_the_result(tmp_path, change, plain_weights, no_figures):
