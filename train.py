@@ -194,7 +194,7 @@ def fit(player, objective, responses, t, run):
         clip_gradients(player, config.clip, t, step)
         optimizer.step()
         schedule.step()
-        if step >= first:
+        if step >= first:  # the running mean of the weights since then
             with torch.no_grad():
                 for mean, p in zip(averaged.parameters(), player.parameters()):
                     mean.lerp_(p, 1 / (step + 1 - first))
@@ -202,6 +202,7 @@ def fit(player, objective, responses, t, run):
             policy, weights = (averaged, "averaged") if step >= first else (player, "raw")
             found = evaluate(policy, responses, run.world, config, t)
             run.report(step + 1, steps, found, learner, policy, weights)
+    policy = averaged if first < steps else player
     show_responses(policy, run)
     return policy
 
