@@ -56,7 +56,8 @@ def draw_kl(ax, rows, empirical):
                     label=label)
             last = some[-1]
             ax.annotate(f"{last[key]:.3g}", (last["iteration"], last[key]), color=colour,
-                        xytext=(7, 0), textcoords="offset points", va="center", fontsize=12)
+                        xytext=(7, 0), textcoords="offset points", va="center",
+                        fontsize=matplotlib.rcParams["font.size"] - 2)
     some = [r for r in pick(rows, "iteration") if r["predicted_kl"]]
     if some:
         ax.plot([r["iteration"] for r in some], [r["predicted_kl"] for r in some], "^:",
@@ -132,17 +133,17 @@ def ticks(rows) -> range:
 
 def draw_bars(ax, shown, series):
     """(d) p_data beside p_θ for one prompt. series: [(label, colour, probabilities)]."""
-    names = [*shown["responses"], "(other)"]
+    names, size = [*shown["responses"], "(other)"], matplotlib.rcParams["font.size"]
     width = 0.8 / (len(series) + 1)
     series = [("p_data", BLACK, [*shown["responses"].values()]), *series]
     for k, (label, colour, p) in enumerate(series):
         left = [i + (k + 0.5 - len(series) / 2) * width for i in range(len(names))]
         ax.bar(left, with_other(p), width, color=colour, label=label)
     ax.set_xticks(range(len(names)), [legible(name, 13) for name in names], rotation=25,
-                  ha="right", fontsize=12, parse_math=False)
+                  ha="right", fontsize=size - 2, parse_math=False)
     held = "\n(held out)" if shown["split"] == "heldout" else "\n(a training prompt)"
     ax.set(title=legible(shown["prompt"], 34) + held, ylim=(0, 1))
-    ax.title.set(fontsize=13, parse_math=False)  # a $ in a prompt is a dollar
+    ax.title.set(fontsize=size - 1, parse_math=False)  # a $ in a prompt is a dollar
 
 
 def with_other(p) -> list[float]:
@@ -216,7 +217,12 @@ def name(row) -> str:
 
 def draw_gif(rows, shown, empirical=False) -> bytes:
     """convergence.gif, a frame for each report: panel (d)'s bars, or the likelihood's curve."""
-    rows = pick(rows, "step")
+    with matplotlib.rc_context({"font.size": 13}):
+        return draw_frames(pick(rows, "step"), shown, empirical)
+
+
+def draw_frames(rows, shown, empirical) -> bytes:
+    """One frame for each of the rows."""
     figure = Figure(figsize=(15, 4.2), dpi=60)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 1 if empirical else len(shown), sharey=True, squeeze=False)[0]
