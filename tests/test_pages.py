@@ -1,4 +1,4 @@
-"""The pages speak of what exists: their commands run, their links, files, flags and names are there.
+"""The pages speak of what exists: commands run; links, files, flags and names are there.
 
 Each training command of a page is run in this process, made small by flags behind it. The README's
 own block of commands is run as it stands, in its order, in a copy of the repository.
@@ -18,7 +18,8 @@ import train
 from copies import copy_of_the_repository
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted({ROOT / "README.md", *(ROOT / "data").rglob("*.md"), *(ROOT / "tests").rglob("*.md")})
+PAGES = sorted({ROOT / "README.md", *(ROOT / "data").rglob("*.md"),
+                *(ROOT / "tests").rglob("*.md")})
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8").replace("\\\n", " ")
         for page in PAGES}
 SMALL = ("--iters 1 --steps 2 --sft-steps 2 --reports 1 --n-layer 1 --n-head 2 --n-embd 16 "
@@ -68,7 +69,8 @@ def test_the_readmes_commands_run_in_their_order_in_a_copy(tmp_path):
     folder = copy_of_the_repository(tmp_path / "copy")
     block = next(b for b in re.findall(r"```sh\n(.*?)```", TEXT["README.md"], re.S)
                  if "train.py" in b)
-    lines = [line.split("  #")[0].strip() for line in block.split("\n") if line.startswith("python ")]
+    lines = [line.split("  #")[0].strip() for line in block.split("\n")
+             if line.startswith("python ")]
     assert len(lines) >= 3 and lines[-1] == "python -m pytest"
     for line in lines[:-1]:  # the last is what .ci/run calls
         small = SMALL if " train.py" in line else "--samples 10"
@@ -120,7 +122,8 @@ def test_every_file_and_flag_that_a_page_names_exists(page):
 def test_every_function_that_the_readme_names_exists():
     modules = [importlib.import_module(name) for name in (
         "model", "spin_loss", "sample", "train", "data.responses", "data.metrics")]
-    names = {c for c in code("README.md") if re.fullmatch(r"[a-z]+_[a-z_0-9]+|FusedLogps|main|fit", c)}
+    names = {c for c in code("README.md")
+             if re.fullmatch(r"[a-z]+_[a-z_0-9]+|FusedLogps|main|fit", c)}
     assert len(names - {"p_data", "p_t"}) >= 6
     for name in names - {"p_data", "p_t"}:
         assert any(hasattr(module, name) for module in modules), name

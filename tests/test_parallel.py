@@ -105,7 +105,8 @@ def test_ranks_that_do_not_share_out_are_refused(alone, tmp_path, there):
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("flags", [["--lam", "nan"], ["--data", "/none"], ["--out", str(ROOT / "train.py" / "x")],
+@pytest.mark.parametrize("flags", [["--lam", "nan"], ["--data", "/none"],
+                                   ["--out", str(ROOT / "train.py" / "x")],
                                    []], ids=["lam", "data", "out", "a run is there"])
 def test_bad_input_ends_every_process(alone, tmp_path, flags):
     """Also what only process 0 sees: a folder that is not writable, or holds a run already."""

@@ -135,7 +135,8 @@ def table(ways, N, D, V, repeats, device) -> None:
         row = in_own_process(way, N, D, V, repeats, device)
         if row:
             print(f"  {WAYS[way][0]:42} {row['ratio']:8.2f}        {row['memory'] / MB:8.1f} MB "
-                  f"{row['memory'] / row['gradients']:10.2f}     (products: {1e3 * row['floor_s']:.1f} ms)", flush=True)
+                  f"{row['memory'] / row['gradients']:10.2f}     "
+                  f"(products: {1e3 * row['floor_s']:.1f} ms)", flush=True)
 
 
 def sweep(vocabularies, N, D, repeats, device) -> dict[str, list[dict]]:

@@ -19,7 +19,8 @@ no repeats    1 example or 1 pair for each prompt, and the two responses of a pa
               same pairs here.
 
 Here the SFT set has 128 responses to each prompt, and the opponent gives 32. Its log-probs of all
-responses are counted too, spread over the pairs of an iteration. Reading order: the material → `gpt2` → `careful` → `sft_trainer`, `dpo_trainer` → `ours` →
+responses are counted too, spread over the pairs of an iteration. Reading order: the material →
+`gpt2` → `careful` → `sft_trainer`, `dpo_trainer` → `ours` →
 `peer_tables`. Dimensions: B rows in a batch, T tokens, N scored tokens or rows, V vocabulary.
 """
 import copy
