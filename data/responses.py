@@ -369,8 +369,9 @@ def prompts_of_rows(trees):
 
 def shares_of(counts, trees):
     """What share of its prompt's counts each response has, [N]."""
-    return np.array([some.get(y, 0) / max(1e-300, sum(some.values()))
-                     for some, responses in zip(counts, trees.responses) for y in responses])
+    totals = [max(1e-300, sum(some.values())) for some in counts]
+    return np.array([some.get(y, 0) / total for some, total, responses in
+                     zip(counts, totals, trees.responses) for y in responses])
 
 
 def known_shares(prompt_N, real_N, sampled_N, opponent_N, n):

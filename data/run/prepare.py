@@ -113,9 +113,11 @@ def print_idle_flags(config, world):
 
 def check_ranking(responses, train, t):
     """Say how many train prompts give DPO's oracle nothing to rank; InputError if all of them."""
-    likely_N = responses.generated_N > 1e-3
-    rank_P = [np.unique(responses.data_N[(responses.prompt_N == p) & likely_N]) for p in train]
-    idle = sum(len(values) < 2 for values in rank_P)
+    idle, first_row = 0, responses.trees.first_row
+    for p in train:
+        rows = slice(first_row[p], first_row[p + 1])
+        likely_N = responses.generated_N[rows] > 1e-3
+        idle += len(np.unique(responses.data_N[rows][likely_N])) < 2
     if idle == len(train):
         raise InputError(f"--method dpo: p_{t}'s responses to each prompt are all alike to the "
                          f"oracle, so nothing can be ranked; raise --sft-steps or --negatives")
