@@ -80,12 +80,12 @@ def test_every_method_with_an_opponent_runs_with_and_without_anchor():
 
 def test_the_study_runs_and_writes_its_page_and_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "METHODS", {"SPIN": {}, "more SFT": {"method": "sft"}})
-    monkeypatch.setattr(study, "WITH_LAM", ["SPIN"])
+    monkeypatch.setattr(study, "SECOND", {"lam": ["SPIN"]})
     monkeypatch.setattr(study, "DATA", {"ample": {}})
     monkeypatch.setattr(study, "RATES", (1e-3, 2e-3))
     monkeypatch.setattr(study, "RATE_LIMITS", (1e-3, 2e-3))
-    monkeypatch.setattr(study, "LAMS", (2.0, 8.0))
-    monkeypatch.setattr(study, "LAM_LIMITS", (2.0, 8.0))
+    monkeypatch.setattr(study, "SECONDS", {"lam": (2.0, 8.0)})
+    monkeypatch.setattr(study, "SECOND_LIMITS", (2.0, 8.0))
     monkeypatch.setattr(study, "SWITCHES", [{}, {"loss": "hinge"}])
     monkeypatch.setattr(study, "MISTAKES", {"greedy": mistakes.MISTAKES["greedy"]})
     args = argparse.Namespace(parts=",".join(study.PARTS), quick=True, out=str(tmp_path),

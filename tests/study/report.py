@@ -137,10 +137,10 @@ TUNING = """## Tuning
 
 KL(p_data‖p_θ) in nats on held-out prompts, in the mean over seeds that nothing else uses ({}),
 and after which iteration it is least. Bold is chosen: the same rule for every method. The range
-of values was widened until the best lies inside (or at a limit: rates from 6e-5 to 0.065, λ from
-0.03 to 200).
+of values was widened until the best lies inside (or at a limit: rates from 6e-5 to 0.065, λ and
+μ from 0.03 to 200).
 
-Learning rates, at the default λ:
+Learning rates, at the default λ and μ:
 
 """
 METHODS = """## Methods
@@ -177,7 +177,9 @@ def write(args, found, seconds):
             f"{args.workers} runs at a time.\n\n")
     if "rates" in found:
         text += TUNING.format(seeds("tune")) + tuning_table(found["rates"])
-        text += "λ, at each method's best rate:\n\n" + tuning_table(found["lams"])
+        for name, tried in found["seconds"].items():
+            symbol = {"lam": "λ", "mu": "μ"}[name]
+            text += f"{symbol}, at each method's best rate:\n\n" + tuning_table(tried)
     if "methods" in found:
         text += METHODS.format(seeds("methods"))
         for data in dict.fromkeys(data for data, _ in found["methods"]):

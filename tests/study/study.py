@@ -10,7 +10,7 @@ repeated, so an interrupted study goes on where it was. Runs of one seed and one
 their SFT model.
 
 tune      For every method, with the mass anchor and without, with much data and with little: the
-          rate, then λ where the loss has one, then the iteration to stop after. A range of values
+          rate, then λ or μ where the loss has one, then the iteration to stop after. A range of values
           is widened until the best one lies inside. Best is the least KL on held-out prompts in
           the mean over three seeds, which are used for nothing else.
 methods   Each method as it was tuned, over five other seeds.
@@ -51,10 +51,12 @@ METHODS = {"SPIN": SPIN, "SPIN, no anchor": SPIN | NO_ANCHOR,
            "SPACE": SPACE, "SPACE, no anchor": SPACE | NO_ANCHOR,
            "DPO": DPO, "DPO, no anchor": DPO | NO_ANCHOR,
            "more SFT": {"method": "sft"}}  # no opponent, so nothing that an anchor could compare
-WITH_LAM = [name for name in METHODS if "SPACE" not in name and "SFT" not in name]
+SECOND = {"lam": [name for name in METHODS if "SPIN" in name or "DPO" in name],
+          "mu": [name for name in METHODS if "SPACE" in name]}  # a loss has λ or μ, SFT has neither
 DATA = {"ample": {}, "scarce": {"sft_samples": 2}}  # responses a prompt in the SFT set
 RATES, RATE_LIMITS = (2e-3, 4e-3, 8e-3), (6e-5, 6.5e-2)  # widened by factors of 2
-LAMS, LAM_LIMITS = (0.5, 2.0, 8.0), (0.03, 200.0)  # by factors of 4
+SECONDS = {"lam": (0.5, 2.0, 8.0), "mu": (0.25, 1.0, 4.0)}  # by factors of 4
+SECOND_LIMITS = (0.03, 200.0)
 SEEDS = {"tune": (10, 11, 12), "methods": (0, 1, 2, 3, 4), "switches": (0, 1, 2),
          "mistakes": (0, 1, 2)}
 SWITCHES = [{}, {"opponent": "sft"}, {"history": 1}, {"anchor": "none"},
@@ -195,18 +197,24 @@ def widen(args, what, settings_of, name, values, factor, limits):
 
 
 def tune(args, base):
-    """Returns ({(data, method): {rate: (KL, stop)}}, the same for λ, {…: (settings, stop)})."""
+    """Choose one setting after the other.
+
+    Returns ({(data, method): {rate: (KL, stop)}}, {"lam": {…}, "mu": {…}},
+    {(data, method): (settings, stop)}).
+    """
     chosen = {(data, method): base | DATA[data] | METHODS[method]
               for data in DATA for method in METHODS}
     rates = widen(args, "rates", chosen, "lr", RATES, 2, RATE_LIMITS)
     for key, scores in rates.items():
         chosen[key] = chosen[key] | {"lr": min(scores, key=scores.get)}
-    # A rate means the same for every λ: train.py scales each loss to SFT's first gradient.
-    lams = widen(args, "λ", {key: chosen[key] for key in chosen if key[1] in WITH_LAM}, "lam", LAMS,
-                 4, LAM_LIMITS)
-    for key, scores in lams.items():
-        chosen[key] = chosen[key] | {"lam": min(scores, key=scores.get)}
-    return rates, lams, {key: (settings, best_stop(args, settings)[1])
+    seconds = {}
+    # A rate means the same for every λ and μ: train.py scales each loss to SFT's first gradient.
+    for name, methods in SECOND.items():
+        of = {key: settings for key, settings in chosen.items() if key[1] in methods}
+        seconds[name] = widen(args, name, of, name, SECONDS[name], 4, SECOND_LIMITS)
+        for key, scores in seconds[name].items():
+            chosen[key] = chosen[key] | {name: min(scores, key=scores.get)}
+    return rates, seconds, {key: (settings, best_stop(args, settings)[1])
                          for key, settings in chosen.items()}
 
 
@@ -220,7 +228,7 @@ def main(args):
     if args.quick:
         base, args.seeds = QUICK | {"data": small_world(args.out)}, QUICK_SEEDS
     if "tune" in parts or "methods" in parts:
-        found["rates"], found["lams"], found["chosen"] = tune(args, base)
+        found["rates"], found["seconds"], found["chosen"] = tune(args, base)
     if "methods" in parts:
         jobs = [(args.out, settings | {"seed": seed}, None) for seed in args.seeds["methods"]
                 for settings, _ in found["chosen"].values()]
