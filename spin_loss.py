@@ -124,7 +124,7 @@ def sft_scale(loss, lam, mu=1.0):
 
 # --- what the loss cannot see --------------------------------------------------------------------
 
-def mass_anchor(policy_N, opponent_N, share_N, prompt_N, P=None):
+def mass_anchor(policy_N, opponent_N, log_share_N, prompt_N, P=None):
     """(1 − m) log 1/m, where m = min(1, Σ_n share_n p_θ(y'_n)/p_t(y'_n)); a mean over P prompts.
 
     Adding one constant to every log p_θ changes no margin, so SPIN lets probability leak to
@@ -135,12 +135,12 @@ def mass_anchor(policy_N, opponent_N, share_N, prompt_N, P=None):
 
     For a small leak the penalty is about (1 − m)². As m → 0 its slope in log m tends to −1, while
     that of (1 − m)² tends to 0: a large leak can still be undone. m > 1 is not penalised: it comes
-    from a rare response with a huge ratio, and a penalty would lower every log p_θ. share_N are
-    the shares of the y' under p_t; prompt_N numbers the prompts 0 … P−1.
+    from a rare response with a huge ratio, and a penalty would lower every log p_θ. log_share_N
+    are the logs of the shares that the y' have under p_t; prompt_N numbers the prompts 0 … P−1.
     """
     P = int(prompt_N.max()) + 1 if P is None else P
     # log m by log-sum-exp for each prompt, since the ratio itself overflows at 89 nats.
-    term_N = share_N.log() + policy_N - opponent_N
+    term_N = policy_N + (log_share_N - opponent_N)
     top_P = term_N.new_full((P,), -1e30).scatter_reduce(0, prompt_N, term_N.detach(), "amax")
     sum_P = term_N.new_zeros(P).index_add(0, prompt_N, (term_N - top_P[prompt_N]).exp())
     log_m_P = (top_P + sum_P.log()).clamp(max=0)

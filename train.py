@@ -156,7 +156,7 @@ def scaled(loss, config):
 def anchor(player_N, batch, config):
     """What holds the direction that the loss cannot see: see `mass_anchor`."""
     if config.anchor == "mass":
-        return config.anchor_weight * mass_anchor(player_N, batch.opponent_N, batch.own_N,
+        return config.anchor_weight * mass_anchor(player_N, batch.opponent_N, batch.log_share_N,
                                                   batch.prompt_N, batch.P)
     if config.anchor == "sft":
         return config.anchor_weight * sft_loss(player_N, batch)
@@ -176,8 +176,7 @@ def fit(player, objective, responses, t, run):
     """
     config, train, device = run.config, run.world.splits["train"], player.head_weight.device
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
-    optimizer = torch.optim.AdamW(player.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=True)
+    optimizer = torch.optim.Adam(player.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: share_of_rate(step, steps, config))
     averaged, first = copy.deepcopy(player), math.floor(steps * (1 - config.average))

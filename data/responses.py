@@ -281,7 +281,8 @@ class Responses:
     prompt_N: np.ndarray  # the prompt of each response, in ascending order
     data_N: np.ndarray  # p_data(y|x), exact
     real_N: np.ndarray  # share in the SFT set
-    own_N: np.ndarray  # for the anchor: p_t(y|x) in the SFT set, else the share of its samples
+    log_share_N: np.ndarray  # for the anchor: log p_t(y|x) if y is in the SFT set, else the log of
+                             # y's share of the samples; their exponentials need not sum to 1
     generated_N: np.ndarray  # what the loss compares with: `known_shares`, or older samples too
     opponent_N: np.ndarray  # log p_t(y|x), nats, computed once: the opponent is frozen
 
@@ -289,7 +290,7 @@ class Responses:
         """The part of the table that belongs to some prompts, as tensors."""
         row_N, rows_P = rows_of(self.trees.first_row, np.asarray(prompts))
         shares = {name: getattr(self, f"{name}_N")[row_N].astype(np.float32)
-                  for name in ("data", "real", "own", "generated", "opponent")}
+                  for name in ("data", "real", "log_share", "generated", "opponent")}
         prompt_N = np.repeat(np.arange(len(prompts)), rows_P)
         return Batch(self.trees.batch(prompts, device), len(prompts), prompt_N, shares, device)
 
@@ -300,8 +301,8 @@ class Batch:
         self.trees, self.P = trees, P
         self.host, self.host_prompt_N, self.device = shares, prompt_N, device
         self.prompt_N = to_device(prompt_N, device)
-        self.data_N, self.real_N, self.own_N, self.opponent_N = (
-            to_device(shares[name], device) for name in ("data", "real", "own", "opponent"))
+        self.data_N, self.real_N, self.log_share_N, self.opponent_N = (
+            to_device(shares[name], device) for name in ("data", "real", "log_share", "opponent"))
 
     def pairs(self, first, second):
         """All pairs of one prompt, weighed by the product of two shares, averaged over prompts.
@@ -356,10 +357,12 @@ def self_play_responses(world, samples, older, opponent_logps) -> Responses:
     generated_N = known_shares(prompt_N, real_N, sampled_N, opponent_N, n)
     if older:
         generated_N = (generated_N + shares_of(older, trees)) / 2
-    # Not scaled to sum to 1: where p_θ is all on the SFT set's responses, m is 1 exactly.
-    own_N = np.where(real_N > 0, np.exp(opponent_N), sampled_N)
-    return Responses(trees, prompt_N, shares_of(world.data, trees), real_N, own_N, generated_N,
-                     opponent_N)
+    # Not scaled to sum to 1: where p_θ is all on the SFT set's responses, m is 1 exactly. Logs,
+    # because p_t of a long response is too small for a float32.
+    with np.errstate(divide="ignore"):  # log 0 = −∞: of what only p_{t−1} gave
+        log_share_N = np.where(real_N > 0, opponent_N, np.log(sampled_N))
+    return Responses(trees, prompt_N, shares_of(world.data, trees), real_N, log_share_N,
+                     generated_N, opponent_N)
 
 
 def prompts_of_rows(trees):

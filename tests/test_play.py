@@ -318,7 +318,7 @@ def test_self_play_weighs_known_responses_by_p_t_and_the_others_by_their_samples
         for y, row in of_prompt.items():
             assert responses.generated_N[row] == pytest.approx(share.get(y, 0), abs=1e-5), y
             own = known.get(y, counts[y] / n)
-            assert responses.own_N[row] == pytest.approx(own, abs=1e-5), y
+            assert np.exp(responses.log_share_N[row]) == pytest.approx(own, abs=1e-5), y
 
 
 def test_history_mixes_in_the_samples_of_the_iteration_before(play):
@@ -334,8 +334,9 @@ def test_history_mixes_in_the_samples_of_the_iteration_before(play):
             (now + older[p][y] / NEGATIVES) / 2, abs=1e-6)
     assert {(p, y) for p, counts in enumerate(older) for y in counts} <= set(rows)
     for key, row in rows.items():
-        was = own.own_N[own_rows[key]] if key in own_rows else 0
-        assert responses.own_N[row] == pytest.approx(was, abs=1e-6), "the anchor needs p_t's alone"
+        was = np.exp(own.log_share_N[own_rows[key]]) if key in own_rows else 0
+        assert np.exp(responses.log_share_N[row]) == pytest.approx(was, abs=1e-6), (
+            "the anchor needs p_t's alone")
     assert np.abs(responses.opponent_N - logps_by_hand(models[1], responses)).max() < 1e-4, (
         "older samples are scored by the current opponent, like the rest"
         + whose(responses.opponent_N, models, responses))
@@ -356,7 +357,7 @@ def batch(play):
         y=[y for _, y in keys],
         player=[logp_by_hand(player, framed(ROWS[p]["prompt"]), y) for p, y in keys],
         rows=[[n for n, key in enumerate(keys) if key[0] == p] for p in TRAIN],
-        **{name: getattr(batch, f"{name}_N").tolist() for name in ("real", "data", "own",
+        **{name: getattr(batch, f"{name}_N").tolist() for name in ("real", "data", "log_share",
                                                                    "opponent")})
     by_hand.generated = batch.host["generated"].tolist()
     by_hand.ratio = [a - b for a, b in zip(by_hand.player, by_hand.opponent)]
@@ -466,7 +467,7 @@ def test_anchor_is_added_to_the_scaled_loss(play, batch, method):
     assert value(anchor="sft", anchor_weight=3.0) - plain == pytest.approx(3 * sft, rel=1e-4)
     leak = 0.0
     for rows in by_hand.rows:
-        m = min(1.0, sum(by_hand.own[n] * math.exp(by_hand.ratio[n]) for n in rows))
+        m = min(1.0, sum(math.exp(by_hand.log_share[n] + by_hand.ratio[n]) for n in rows))
         leak += (1 - m) * math.log(1 / m) / len(TRAIN)
     assert leak > 1e-3, "this player must have leaked, or the test shows nothing"
     assert value(anchor="mass", anchor_weight=3.0) - plain == pytest.approx(3 * leak, rel=1e-3)

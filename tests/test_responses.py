@@ -311,7 +311,8 @@ def test_table_lists_every_response_once_with_its_shares(history):
                 assert table.opponent_N[row] == -len(y)
                 assert table.data_N[row] == pytest.approx(world.data[p].get(y, 0), rel=1e-12)
                 assert table.real_N[row] == pytest.approx(world.real[p].get(y, 0))
-                assert table.own_N[row] == pytest.approx(known.get(y, samples[p][y] / n), abs=1e-12)
+                assert np.exp(table.log_share_N[row]) == pytest.approx(
+                    known.get(y, samples[p][y] / n), abs=1e-12)
                 right = (own.get(y, 0) + older[p][y] / 4) / 2 if history else own.get(y, 0)
                 assert table.generated_N[row] == pytest.approx(right, abs=1e-12)
 
@@ -328,7 +329,7 @@ def test_a_batch_holds_the_rows_of_its_prompts(prompts):
         int((table.prompt_N == p).sum()) for p in prompts)
     for q, p in enumerate(prompts):
         here, there = batch.prompt_N == q, table.prompt_N == p
-        for name in ("data_N", "real_N", "own_N", "opponent_N"):
+        for name in ("data_N", "real_N", "log_share_N", "opponent_N"):
             assert getattr(batch, name)[here].tolist() == pytest.approx(
                 getattr(table, name)[there].tolist(), rel=1e-6), name
 

@@ -495,7 +495,7 @@ ONE_PROMPT = torch.zeros(5, dtype=torch.long)
 def test_mass_anchor_is_zero_at_theorem_5_4_optimum():
     for lam in (0.5, 1.0, 3.0):
         best_K = optimal_next_policy(DATA, WEAK, lam).requires_grad_()
-        anchor = mass_anchor(best_K, WEAK, WEAK.exp(), ONE_PROMPT)
+        anchor = mass_anchor(best_K, WEAK, WEAK, ONE_PROMPT)
         anchor.backward()
         assert anchor.item() < 1e-25 and best_K.grad.abs().max() < 1e-12
 
@@ -507,7 +507,7 @@ def test_mass_anchor_resists_a_common_downward_shift():
     """
     for c in (0.1, 1.0, 30.0):
         shift = torch.tensor(-c, dtype=torch.float64, requires_grad=True)
-        anchor = mass_anchor(DATA + shift, WEAK, WEAK.exp(), ONE_PROMPT)
+        anchor = mass_anchor(DATA + shift, WEAK, WEAK, ONE_PROMPT)
         anchor.backward()
         assert anchor.item() == pytest.approx(c * (1 - math.exp(-c)), rel=1e-12)
         slope = -(1 - math.exp(-c)) - c * math.exp(-c)
@@ -518,38 +518,40 @@ def test_mass_anchor_looks_at_each_prompt_and_at_shortfalls_only():
     """A leak at one prompt is not made good by an excess at another, nor is an excess punished."""
     share_N, prompt_N = torch.tensor([0.25, 0.75, 0.5, 0.5]), torch.tensor([0, 0, 1, 1])
     ratio_N = torch.tensor([0.4, 0.8, 9.0, 1.0])
-    anchor = mass_anchor(ratio_N.log(), torch.zeros(4), share_N, prompt_N)
+    anchor = mass_anchor(ratio_N.log(), torch.zeros(4), share_N.log(), prompt_N)
     m = 0.25 * 0.4 + 0.75 * 0.8  # at the other prompt 5, which counts as 1
     assert anchor.item() == pytest.approx((1 - m) * math.log(1 / m) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("policy, opponent, share, why", [
-    ([-1.0, -5.0], [-120.0, -5.0], [0.0, 1.0], "exp(119) overflows, but its share is 0"),
-    ([-1.0, -5.0], [-95.0, -5.0], [math.exp(-95), 1 - math.exp(-95)],
-     "exp(94) overflows, and its share is as small as a float32 can be"),
-    ([-3.0, -5.0], [-3.0, -1e4], [1e-38, 1.0], "exp(9995) overflows even a float64"),
-    ([-1e4, -5.0], [-3.0, -4.0], [0.5, 0.5], "exp(−9997) is 0"),
-    ([-1e4, -2e4], [-3.0, -4.0], [0.5, 0.5], "all ratios are 0: a leak of 10⁴ nats")])
-def test_mass_anchor_is_finite_where_the_ratio_is_not(policy, opponent, share, why):
+HALF = math.log(0.5)
+
+
+@pytest.mark.parametrize("policy, opponent, log_share, why", [
+    ([-1.0, -5.0], [-120.0, -5.0], [-math.inf, 0.0], "exp(119) overflows, but its share is 0"),
+    ([-1.0, -5.0], [-95.0, -5.0], [-95.0, 0.0], "exp(94) overflows, and its share all but does"),
+    ([-0.5, -40.0], [-700.0, -2.0], [-700.0, 0.0], "no float holds such a share, but its log"),
+    ([-3.0, -5.0], [-3.0, -1e4], [-90.0, 0.0], "exp(9995) overflows even a float64"),
+    ([-1e4, -5.0], [-3.0, -4.0], [HALF, HALF], "exp(−9997) is 0"),
+    ([-1e4, -2e4], [-3.0, -4.0], [HALF, HALF], "all ratios are 0: a leak of 10⁴ nats")])
+def test_mass_anchor_is_finite_where_the_ratio_is_not(policy, opponent, log_share, why):
     """Value and gradient, against log m written out in exact logarithms."""
     policy_N = torch.tensor(policy, requires_grad=True)
-    anchor = mass_anchor(policy_N, torch.tensor(opponent), torch.tensor(share),
+    anchor = mass_anchor(policy_N, torch.tensor(opponent), torch.tensor(log_share),
                          torch.zeros(2, dtype=torch.long))
     anchor.backward()
-    terms = [math.log(w) + a - b for w, a, b in zip(share, policy, opponent) if w > 0]
+    terms = [w - b + a for w, a, b in zip(log_share, policy, opponent)]
     log_m = max(terms) + math.log(sum(math.exp(x - max(terms)) for x in terms))
     right = -(1 - math.exp(log_m)) * log_m if log_m < 0 else 0.0
     assert anchor.item() == pytest.approx(right, rel=1e-5, abs=1e-6), why
     slope = math.exp(log_m) * log_m - (1 - math.exp(log_m)) if log_m < 0 else 0.0
-    expected = [slope * math.exp(math.log(w) + a - b - log_m) if w > 0 else 0.0
-                for w, a, b in zip(share, policy, opponent)]
+    expected = [slope * math.exp(term - log_m) for term in terms]
     assert policy_N.grad.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6), why
 
 
 def test_mass_anchor_is_zero_wherever_the_mass_is_one_or_more():
     for m in (1.0, 1.5, 1e30):
         policy_N = torch.tensor([math.log(m)] * 2, requires_grad=True)
-        anchor = mass_anchor(policy_N, torch.zeros(2), torch.tensor([0.5, 0.5]),
+        anchor = mass_anchor(policy_N, torch.zeros(2), torch.tensor([HALF, HALF]),
                              torch.zeros(2, dtype=torch.long))
         anchor.backward()
         assert anchor.item() == 0 and policy_N.grad.tolist() == [0, 0], m
@@ -559,9 +561,9 @@ def test_mass_anchor_is_a_mean_over_all_prompts_of_the_batch():
     """Over P of them: in the last ones no response may have a share."""
     one = torch.tensor([-1.0])
     zero_N, prompt_N = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    alone = mass_anchor(one, zero_N, torch.ones(1), prompt_N).item()
+    alone = mass_anchor(one, zero_N, zero_N, prompt_N).item()
     assert alone == pytest.approx(1 - math.exp(-1), rel=1e-6)
-    both = mass_anchor(torch.tensor([-1.0, 0.0]), torch.zeros(2), torch.ones(2),
+    both = mass_anchor(torch.tensor([-1.0, 0.0]), torch.zeros(2), torch.zeros(2),
                        torch.tensor([0, 1]), P=2).item()
     assert both == pytest.approx(alone / 2, rel=1e-6)
 

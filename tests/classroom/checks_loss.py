@@ -375,7 +375,8 @@ def masses(policy, opponent, share, prompt, ratio=lambda p, o: math.exp(p - o)):
 
 
 def check_anchor(m, policy, opponent, share, prompt):
-    got = m.mass_anchor(tensor(policy), tensor(opponent), tensor(share), torch.tensor(prompt))
+    got = m.mass_anchor(tensor(policy), tensor(opponent), tensor(share).log(),
+                        torch.tensor(prompt))
     case, P = (policy, opponent, share, prompt), max(prompt) + 1
     each = [leak(x) for x in masses(*case)]
     count = [prompt.count(x) for x in prompt]
@@ -396,9 +397,9 @@ def check_anchor(m, policy, opponent, share, prompt):
             *case, ratio=lambda p, o: math.exp(o - p))) / P),
         ("the opponent is left out: the ratio is p_θ/p_t", sum(leak(x) for x in masses(
             *case, ratio=lambda p, o: math.exp(p))) / P),
-        ("the shares are not used: m is a mean weighted by share_N", sum(leak(x) for x in masses(
+        ("the shares are not used: m is a mean weighted by the shares", sum(leak(x) for x in masses(
             policy, opponent, [1 / c for c in count], prompt)) / P),
-        ("the shares are not used: m is a mean weighted by share_N", sum(leak(x) for x in masses(
+        ("the shares are not used: m is a mean weighted by the shares", sum(leak(x) for x in masses(
             policy, opponent, [1.0] * len(share), prompt)) / P),
         ("all prompts are taken together: each prompt has its own m", leak(whole)),
         ("all prompts are taken together, and not averaged: each prompt has its own m",
@@ -423,14 +424,13 @@ def it_is_its_formula(m):
 def it_is_zero_where_nothing_leaks(m):
     """The mean of p_θ/p_t over y' ~ p_t is Σ p_θ = 1 when both are normalised."""
     opponent, policy = log_shares(dice("o"), 4), log_shares(dice("p"), 4)
-    got = m.mass_anchor(tensor(policy), tensor(opponent), tensor([math.exp(x) for x in opponent]),
-                        torch.tensor([0] * 4))
+    got = m.mass_anchor(tensor(policy), tensor(opponent), tensor(opponent), torch.tensor([0] * 4))
     expect(got, 0.0, {"p_t/p_θ is averaged; it is p_θ/p_t": leak(sum(
         math.exp(2 * o - p) for o, p in zip(opponent, policy)))}, "the anchor without a leak",
         tolerance=1e-5)
     policy = [x - 1 for x in policy]
-    leaking = m.mass_anchor(tensor(policy), tensor(opponent),
-                            tensor([math.exp(x) for x in opponent]), torch.tensor([0] * 4))
+    leaking = m.mass_anchor(tensor(policy), tensor(opponent), tensor(opponent),
+                            torch.tensor([0] * 4))
     expect(leaking, 1 - math.exp(-1), what="the anchor after every log p_θ has fallen by 1")
 
 
@@ -451,7 +451,8 @@ def prompts_may_come_in_any_order(m):
 def huge_and_tiny_ratios_stay_finite(m):
     for shift, right in ((-200.0, (1 - math.exp(-200)) * 200), (200.0, 0.0)):
         policy = tensor([-5.0 + shift, -6.0 + shift], grad=True)
-        got = m.mass_anchor(policy, tensor([-5.0, -6.0]), tensor([0.5, 0.5]), torch.tensor([0, 0]))
+        got = m.mass_anchor(policy, tensor([-5.0, -6.0]), tensor([0.5, 0.5]).log(),
+                            torch.tensor([0, 0]))
         value = plain(got)[0]
         require(math.isfinite(value), f"a ratio of e^{shift:g} gives {value}: use logarithms, with "
                 f"the largest term taken out, before any exp")
@@ -466,7 +467,7 @@ def huge_and_tiny_ratios_stay_finite(m):
 @claim(ANCHOR)
 def the_gradient_lifts_what_has_leaked(m):
     policy = tensor([-3.0, -2.5], grad=True)
-    got = m.mass_anchor(policy, tensor([-2.0, -2.0]), tensor([0.5, 0.5]), torch.tensor([0, 0]))
+    got = m.mass_anchor(policy, tensor([-2.0, -2.0]), tensor([0.5, 0.5]).log(), torch.tensor([0, 0]))
     gradient, = require_gradient(got, policy)
     require(max(plain(gradient)[0]) < 0, "raising log p_θ of a response should lower the anchor "
             "where m < 1; yours rises")

@@ -23,7 +23,7 @@ def check_sft(m, counts, name="sft"):
     logp, N, P = table(rng, sum(counts), low=-5, high=-1), sum(counts), len(counts)
     prompt = [p for p, n in enumerate(counts) for _ in range(n)]
     batch = SimpleNamespace(trees="the trees", P=P, real_N=tensor(real), data_N=tensor(data),
-                            own_N=tensor(own), opponent_N=tensor(logp),
+                            log_share_N=tensor(own).log(), opponent_N=tensor(logp),
                             prompt_N=torch.tensor(prompt))
     player_N = tensor(logp, grad=True)
     got = m.sft_loss(player_N, batch)

@@ -43,8 +43,8 @@ def authors(config):
     """λ = 5 in the last iteration, RMSProp, shares of y' by counting"""
     lam_5_at_last(config)
     mistakes.counts_only(config)
-    adam = torch.optim.AdamW  # without its first mean it is RMSProp
-    torch.optim.AdamW = lambda weights, betas, **rest: adam(weights, betas=(0.0, 0.99), **rest)
+    adam = torch.optim.Adam  # without its first mean it is RMSProp
+    torch.optim.Adam = lambda weights, betas, **rest: adam(weights, betas=(0.0, 0.99), **rest)
 
 
 def authors_greedy(config):

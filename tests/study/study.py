@@ -32,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import torch._dynamo  # noqa: E402, F401  (AdamW loads it: once here instead of in every run)
+import torch._dynamo  # noqa: E402, F401  (Adam loads it: once here instead of in every run)
 
 import train  # noqa: E402  (sys.path makes it importable)
 from data.errors import InputError  # noqa: E402
