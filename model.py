@@ -6,7 +6,8 @@
 Reading order: `GPTConfig` → `KVCache` → `causal_mask` → `Attention` → `MLP` → `Block` → `GPT`.
 
 Dimensions: B batch, T new tokens in this call, C tokens in the cache after them, D width, H heads,
-K = D/H head size, V vocabulary. A suffix tells a tensor's shape: logits_BTV.
+K = D/H head size, V vocabulary; N sequences, or nodes of a tree, that are picked out of others. A
+suffix tells a tensor's shape: logits_BTV.
 """
 import math
 from contextlib import nullcontext
@@ -48,7 +49,8 @@ class KVCache:
         is_text_BT = tokens_BT >= 0
         position_BT = self.length_B1 + is_text_BT.cumsum(dim=1) - 1
         self.width += tokens_BT.shape[1]
-        # Only rows with much padding can be wider than the block and fit it: then look closely.
+        # The width counts padding too, so no row is longer. Only where it exceeds the block are the
+        # real lengths looked at, for which a GPU has to be waited for.
         if self.width > block_size and int(position_BT.max()) >= block_size:
             raise ValueError(f"{int(position_BT.max()) + 1} tokens do not fit the model's "
                              f"block_size of {block_size}")
@@ -108,7 +110,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, cache: KVCache, layer: int):
         """Returns y_BTD. Each token sees what cache.visible_BTC says; the cache grows by T."""
-        qkv_BTE = cache.in_rows(self.c_attn(x_BTD))  # E = 3D
+        # A tree's nodes come as a flat list; attention alone needs them in rows. E = 3D.
+        qkv_BTE = cache.in_rows(self.c_attn(x_BTD))
         B, T, D = *qkv_BTE.shape[:2], x_BTD.shape[-1]
         K = D // self.n_head
         q_BHTK, k_BHTK, v_BHTK = (part_BTD.view(B, T, self.n_head, K).transpose(1, 2)
@@ -141,7 +144,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD, cache, layer, wanted_N=None):
-        """Returns x_BTD. With wanted_N: only those rows, so that the MLP skips the others."""
+        """Returns x_BTD. With wanted_N: only those nodes of a tree; the MLP skips the others."""
         x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cache, layer)
         if wanted_N is not None:
             x_BTD = x_BTD.index_select(0, wanted_N)

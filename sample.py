@@ -6,7 +6,8 @@ Self-play needs exactly this at temperature 1 with nothing cut off: only then is
 a sample of p_t, which every theorem of the paper supposes.
 
 Reading order: `next_tokens` → `generate` → `main`, which asks every policy that a run has saved.
-Dimensions: B responses in the making, P distinct prompts, T prompt tokens, V vocabulary.
+Dimensions: B responses in the making, T tokens read in one call, V vocabulary; in the cache C
+tokens, H heads of size K, R places in reserve; N sequences that are picked out of others.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def main(args: SampleConfig):
 
 
 def count_responses(model, encoding, world, prompt, args) -> Counter:
-    """How often the policy gives each response to a prompt. One that was cut short ends with …"""
+    """How often the policy gives each (response as text, whether it ended) to a prompt."""
     tokens, end = frame(encoding, prompt, "")[0], encoding.encode_single_token(END)
     if len(tokens) > model.config.block_size:
         raise InputError(f"--prompt {prompt[:30]!r}: {len(tokens)} tokens, and the model reads "
@@ -169,8 +170,7 @@ def count_responses(model, encoding, world, prompt, args) -> Counter:
         for y in generate(model, [tokens] * min(chunk, args.samples - first), end_token=end,
                           max_new_tokens=longest, temperature=args.temperature,
                           top_k=args.top_k or None, generator=rng):
-            cut = "" if y[-1:] == [end] else "…"
-            counts[encoding.decode([k for k in y if k != end]) + cut] += 1
+            counts[encoding.decode([k for k in y if k != end]), y[-1:] == [end]] += 1
     return counts
 
 
@@ -179,10 +179,11 @@ def print_counts(prompt, p_data, names, counts, args):
     common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
     head = "".join(f"{'p_' + name:>8}" for name in names)
     print(f"\n{short(prompt, 90)}\n{'p_data':>10}{head}   response")
-    for y in dict.fromkeys([*p_data, *common]):
-        truth = f"{p_data[y]:>10.3f}" if y in p_data else f"{'0' if p_data else '?':>10}"
-        print(truth + "".join(f"{c[y] / args.samples:>8.3f}" for c in counts) + f"   {y!r}")
-    cut = [sum(n for y, n in c.items() if y.endswith("…")) for c in counts]
+    for y, ended in dict.fromkeys([*((y, True) for y in p_data), *common]):
+        truth = f"{p_data[y]:>10.3f}" if ended and y in p_data else f"{'0' if p_data else '?':>10}"
+        print(truth + "".join(f"{c[y, ended] / args.samples:>8.3f}" for c in counts)
+              + f"   {y!r}{'' if ended else ' …'}")
+    cut = [sum(n for (_, ended), n in c.items() if not ended) for c in counts]
     if any(cut):
         print(f"{'cut short':>10}" + "".join(f"{n / args.samples:>8.3f}" for n in cut)
               + "   … marks a response without its end; --max-new-tokens allows longer ones")

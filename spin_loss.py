@@ -6,7 +6,7 @@ Equation and theorem numbers are those of Chen et al., arXiv 2401.01335. All val
 
 Reading order: `token_logps` and `sequence_logps`, the log-probabilities → `LOSSES` and `spin_loss`
 → `mass_anchor` → the theory, `optimal_next_policy` and `loss_floor` → `FusedLogps`, which computes
-`token_logps` in less memory; it is the hardest part, and nothing else depends on it.
+`token_logps` in less memory; it is the hardest part, and can be left for last.
 
 Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, N flat tokens or responses,
 P prompts, D width, V vocabulary, C columns of V, K responses that a prompt may get.
@@ -22,11 +22,12 @@ import torch.nn.functional as F
 # --- log-probabilities ---------------------------------------------------------------------------
 
 def token_logps(hidden_ND, weight_VD, targets_N, impl="eager", rows_N=None):
-    """log p(target) = z_target − log Σ_v exp z_v, where z = weight @ hidden. [N], float32, nats.
+    """log p(target) = z_target − log Σ_v exp z_v, where z = weight @ hidden. [N], nats.
 
-    One target for each hidden state; or, with rows_N, target n for the state hidden_ND[rows_N[n]],
-    so that several targets share one state and its logits. "fused" gives the same numbers without
-    ever holding all logits. Raises ValueError for an unknown impl.
+    One target for each hidden state. Or, with rows_N, target n is for hidden_ND[rows_N[n]]: several
+    targets share a state and its logits, and there need not be N states. float32. "fused" gives the
+    same numbers and holds the logits of one block of the vocabulary at a time (float64 stays
+    float64). Raises ValueError for an unknown impl.
     """
     if impl == "fused":
         hidden_ND = hidden_ND if rows_N is None else hidden_ND.index_select(0, rows_N)
@@ -34,11 +35,11 @@ def token_logps(hidden_ND, weight_VD, targets_N, impl="eager", rows_N=None):
     if impl != "eager":
         raise ValueError(f"impl is {impl!r}; use 'eager' or 'fused'")
     with torch.autocast(hidden_ND.device.type, enabled=False):  # a bfloat16 logit is off by 0.01
-        logits_NV = (hidden_ND.to(weight_VD.dtype) @ weight_VD.T).float()
-    logp_NV = logits_NV.log_softmax(dim=1)
+        logits_UV = (hidden_ND.to(weight_VD.dtype) @ weight_VD.T).float()
+    logp_UV = logits_UV.log_softmax(dim=1)  # U hidden states; without rows_N, U = N
     if rows_N is None:
-        return logp_NV.gather(1, targets_N[:, None])[:, 0]
-    return logp_NV[rows_N, targets_N]
+        return logp_UV.gather(1, targets_N[:, None])[:, 0]
+    return logp_UV[rows_N, targets_N]
 
 
 def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
@@ -101,8 +102,9 @@ def loss_slopes(loss, r, s, lam, mu=1.0):
     return slopes_of(LOSSES[loss], r, s, lam, mu)
 
 
-@functools.cache  # a training step asks for the same ones again and again
+@functools.cache  # By the function, not its name: a loss that is replaced is differentiated anew.
 def slopes_of(loss_of, r, s, lam, mu):
+    """`loss_slopes` of a function; remembered, since each training step asks for the same ones."""
     r, s = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (r, s))
     slopes = torch.autograd.grad(loss_of(r, s, lam, mu), (r, s), materialize_grads=True)
     return tuple(slope.item() for slope in slopes)
@@ -189,7 +191,7 @@ LEAST_COLUMNS = 64  # narrower products waste more than they save
 
 
 def fused_token_logps(hidden_ND, weight_VD, targets_N):
-    """`token_logps` through `FusedLogps`: float32 logits, whatever the dtype of the inputs."""
+    """`token_logps` through `FusedLogps`: logits in float32 at least, also of bfloat16 inputs."""
     hidden_ND = hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32))
     if len(targets_N) == 0:
         return (hidden_ND @ weight_VD.to(hidden_ND.dtype).T).sum(dim=1)  # empty, but differentiable
@@ -205,7 +207,8 @@ class FusedLogps(torch.autograd.Function):
 
     Backward: ∂log p(y)/∂z_v = 1[v = y] − exp(z_v − m)/s. With g = ∂L/∂log p(y), each block's
     logits, made anew from h and W, turn in place into G = g (1[v = y] − exp(z_v − m)/s); then
-    dH += G W_block, and dW_block = Gᵀ H is final. (So four matrix products instead of three.)
+    dH += G W_block, and dW_block = Gᵀ H is final. So there are four matrix products instead of
+    three, unless the vocabulary fits one block: its logits are kept for the backward pass.
     """
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N):
@@ -242,6 +245,7 @@ class FusedLogps(torch.autograd.Function):
             if grad_hidden_ND is not None:
                 grad_hidden_ND.addmm_(logits_NC, weight_CD)
             if grad_weight_VD is not None:
+                # out=, as in logit_blocks: autocast leaves such a product in float32.
                 block_CD = torch.mm(logits_NC.T, hidden_ND, out=torch.empty_like(weight_CD))
                 grad_weight_VD[first:first + len(weight_CD)] = block_CD
         return grad_hidden_ND, grad_weight_VD, None

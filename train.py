@@ -5,12 +5,13 @@
 Reading order: `Config` → the objectives → `fit`, which trains one policy → `self_play`, the
 opponent's responses → `main`, the paper's Algorithm 1.
 
-Departures from the paper (arXiv 2401.01335), each with its reason where it stands:
- 1. every pair (y, y') of a prompt is compared, not one y' for each y      data/responses.py
- 2. where p_t(y') is known it is used instead of a count of samples        data/responses.py
- 3. the mass anchor; --anchor none is the paper's loss alone               spin_loss.py
- 4. p_{t+1} is the average of an iteration's later weights                 `fit`
- 5. λ = 2, constant through the run (theirs: 0.1, and 5 in the last iteration)
+Departures from the paper (arXiv 2401.01335):
+ 1. every pair (y, y') of a prompt is compared, not one y' for each y        `pairs`
+ 2. as y', responses of the SFT set have the weight p_t(y') itself           `known_shares`
+ 3. the loss is multiplied by 2/λ: its first gradient is SFT's               `scaled`
+ 4. the mass anchor; --anchor none is the paper's loss alone                 `mass_anchor`
+ 5. p_{t+1} is the average of an iteration's later weights                   `fit`
+ 6. Adam; no y' of the iteration before (--history 1 adds them); λ = 2 throughout
 
 Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
 """
@@ -81,7 +82,8 @@ class Config:
     n_layer: int = option(2, "layers; one learns this world too, but more slowly", 1, 1000)
     n_head: int = option(4, "heads; 4 generalise a little better than 2", 1, 1000)
     n_embd: int = option(64, "width", 1, 10**5)
-    block_size: int = option(128, "longest prompt and response together, tokens", 2, 10**6)
+    block_size: int = option(128, "tokens of the longest prompt and response together, ANSWER and "
+                             "END among them", 2, 10**6)
     seed: int = option(0, "one seed for weights, SFT set, sampling and order", 0, 2**31)
     reports: int = option(8, "evaluations in a stage", 1, 10**6)
     data: str = option(str(WORLD), "a world, or plain prompt/response pairs, as JSON lines")
@@ -104,6 +106,10 @@ class Config:
     show: bool = option(False, "open a window that follows the run")
     resume: bool = option(False, "go on with the run in --out")
     overwrite: bool = option(False, "replace the run in --out")
+
+    def prompts_a_step(self) -> int:
+        """Whole prompts, as many as give batch_size generated responses."""
+        return max(1, self.batch_size // self.negatives)
 
 
 # --- the objectives: what a step minimises, averaged over the prompts of a batch -----------------
@@ -145,7 +151,7 @@ def losses_of_pairs(player_N, opponent_N, i_B, j_B, config):
 
 
 def scaled(loss, config):
-    """The loss with the first gradient of SFT, so that an anchor's weight means the same for all.
+    """SPIN's loss with the first gradient of SFT: an anchor's weight then means the same for all.
 
     Adam ignores the scale of a gradient, but not its proportion to the anchor's, and clipping
     does not ignore it either.
@@ -168,21 +174,21 @@ OBJECTIVES = {"spin": spin_objective, "sft": sft_objective, "dpo": dpo_objective
 
 # --- training one policy -------------------------------------------------------------------------
 
-def fit(player, objective, responses, t, run):
-    """Train the player into p_t: SFT for t = 0, else against p_{t−1}. Returns p_t.
+def fit(player, objective, responses, stage, run):
+    """Train the player into p_stage: by SFT for stage 0, else against the opponent. Returns it.
 
-    p_t is the average of the weights over the last steps (--average), where the noise of the
+    It is the average of the weights over the last steps (--average), where the noise of the
     sampled y' averages out (Polyak). The player is left with the last raw weights.
     """
     config, train, device = run.config, run.world.splits["train"], player.head_weight.device
-    steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
+    steps, lr = (config.steps, config.lr) if stage else (config.sft_steps, config.sft_lr)
     optimizer = torch.optim.Adam(player.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: share_of_rate(step, steps, config))
     averaged, first = copy.deepcopy(player), math.floor(steps * (1 - config.average))
     learner = {"player": player, "averaged": averaged, "optimizer": optimizer,
                "schedule": schedule}
-    batches = prompt_batches(train, steps, config, t)
+    batches = prompt_batches(train, steps, config, stage)
     for step in range(run.restore(learner, steps), steps):
         prompts = batches[step][rank()::ranks()]  # with one process: all of them
         share = len(prompts) / len(batches[step])
@@ -190,7 +196,7 @@ def fit(player, objective, responses, t, run):
         optimizer.zero_grad()
         (loss * share).backward()
         add_gradients(player)
-        clip_gradients(player, config.clip, t, step)
+        clip_gradients(player, config.clip, stage, step)
         optimizer.step()
         schedule.step()
         if step >= first:  # the running mean of the weights since then
@@ -199,7 +205,7 @@ def fit(player, objective, responses, t, run):
                     mean.lerp_(p, 1 / (step + 1 - first))
         if is_due(step + 1, steps, config.reports):
             policy, weights = (averaged, "averaged") if step >= first else (player, "raw")
-            found = evaluate(policy, responses, run.world, config, t)
+            found = evaluate(policy, responses, run.world, config, stage)
             run.report(step + 1, steps, found, learner, policy, weights)
     policy = averaged if first < steps else player
     show_responses(policy, run)
@@ -213,13 +219,13 @@ def share_of_rate(step, steps, config) -> float:
     return min(1.0, (step + 1) / warmup) * (1 - (1 - config.decay) * fallen)
 
 
-def clip_gradients(player, norm, t, step):
+def clip_gradients(player, norm, stage, step):
     """Scale the gradient down to a norm; InputError if it is not finite."""
     try:
         torch.nn.utils.clip_grad_norm_(player.parameters(), norm, error_if_nonfinite=True)
     except RuntimeError:
-        raise InputError(f"iteration {t}, step {step + 1}: the gradient is not finite; start again "
-                         f"with a lower --{'lr' if t else 'sft-lr'}") from None
+        raise InputError(f"iteration {stage}, step {step + 1}: the gradient is not finite; start "
+                         f"again with a lower --{'lr' if stage else 'sft-lr'}") from None
 
 
 def is_due(step, steps, reports) -> bool:
@@ -227,25 +233,20 @@ def is_due(step, steps, reports) -> bool:
     return step * reports // steps > (step - 1) * reports // steps
 
 
-def prompt_batches(train, steps, config, t) -> list[list[int]]:
+def prompt_batches(train, steps, config, stage) -> list[list[int]]:
     """Which prompts each step takes: shuffled passes over all of them, by whole batches.
 
     What does not fill a whole batch at the end of a pass is left out of that pass, so that no step
     takes a prompt twice.
     """
-    rng = torch.Generator().manual_seed(seed_for(config.seed, t, 0))
-    size = min(len(train), prompts_a_step(config))
+    rng = torch.Generator().manual_seed(seed_for(config.seed, stage, 0))
+    size = min(len(train), config.prompts_a_step())
     batches = []
     while len(batches) < steps:
         order = torch.randperm(len(train), generator=rng).tolist()
         batches += [[train[i] for i in order[first:first + size]]
                     for first in range(0, len(train) - size + 1, size)]
     return batches[:steps]
-
-
-def prompts_a_step(config) -> int:
-    """Whole prompts, as many as give batch_size generated responses."""
-    return max(1, config.batch_size // config.negatives)
 
 
 def seed_for(seed, *purpose) -> int:
@@ -258,7 +259,7 @@ def seed_for(seed, *purpose) -> int:
 def self_play(opponent, config, t, run):
     """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once."""
     samples, older = sample_responses(opponent, run.world, config, t), None
-    if config.history and t > 0:  # sampled again, alike; scored, like the rest, by p_t
+    if config.history and t > 0:  # the same seeds give the last iteration's y' again; p_t scores
         before = run.policy(0 if config.opponent == "sft" else t - 1)
         older = sample_responses(before, run.world, config, t - 1)
     responses = self_play_responses(run.world, samples, older,

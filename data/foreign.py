@@ -92,7 +92,7 @@ def as_row(row: dict) -> dict:
 
 
 def two_turns(messages, key) -> list[str]:
-    """What the user says and what the assistant answers. ValueError if there is more, or less."""
+    """What the user says and what the assistant responds. ValueError if there is more, or less."""
     turns = messages if isinstance(messages, list) else []
     roles = [turn.get("role") if isinstance(turn, dict) else turn for turn in turns]
     if roles != ["user", "assistant"]:

@@ -1,6 +1,6 @@
-"""The world: instructions whose answers we invented, so p_data(y|x) is known exactly.
+"""The world: instructions whose responses we invented, so p_data(y|x) is known exactly.
 
-One row of `world.jsonl` is one prompt x with every answer y it may get and p_data(y|x):
+One row of `world.jsonl` is one prompt x with every response y it may get and p_data(y|x):
     {"family": "die", "prompt": "Roll a die with 2 sides.", "responses": {"1": 0.5, "2": 0.5},
      "split": "train"}
 Reading order: the six families → `build_world`. (`world.py` reads this file, or yours.)
@@ -64,7 +64,7 @@ def greetings():
 
 
 def sums():
-    """One right number, in several styles: an answer can be wrong in content or in style."""
+    """One right number, in several styles: a response can be wrong in content or in style."""
     for a in range(1, 5):
         for b in range(1, 5):
             short, it, full = f"{a + b}", f"It is {a + b}.", f"{a} plus {b} is {a + b}."

@@ -15,15 +15,17 @@ from data.responses import all_logps, pairs
 from spin_loss import LOSSES, loss_floor, loss_slopes, optimal_next_policy
 
 
-def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
+def evaluate(policy, responses, world, config, stage) -> dict[str, dict]:
     """Exact figures of a policy, for each split: means over its prompts.
 
-    For t = 0 the loss is that of SFT and its floor the entropy of p_data. From t = 1 on
-    `responses` hold the samples of p_{t−1}, the opponent that the policy was trained against.
+    `stage` is the index t of the policy p_t that is being made; from 1 on `responses` hold the
+    samples of the opponent that it is trained against. The loss of SFT, which makes p_0, has the
+    entropy of p_data for its floor. predicted_kl says how far the theorem's prediction is from
+    p_data, predicted_tv how far the policy is from that prediction.
     """
     player_N = all_logps(policy, responses.trees, config.logprob)
     figure_P = exact_figures(player_N, responses)
-    figure_P |= loss_figures(player_N, responses, world, config, t)
+    figure_P |= loss_figures(player_N, responses, world, config, stage)
     length_P = sum_P(responses, responses.data_N * responses.trees.length_N)
     found = {}
     for split, prompts in world.splits.items():
@@ -44,7 +46,8 @@ def sum_P(responses, x_N):
 
 
 def exact_figures(player_N, responses) -> dict:
-    """KL, total variation, off-support mass and the mean log p of real responses, [P] each."""
+    """KL, total variation, off-support mass, how much of it is on responses that were sampled, and
+    the mean log p of real responses, with either sign; [P] each."""
     right_N, p_N = responses.data_N > 0, np.exp(player_N)
     log_data_N = np.log(np.where(right_N, responses.data_N, 1))
     off_P = 1 - sum_P(responses, np.where(right_N, p_N, 0))
@@ -56,18 +59,18 @@ def exact_figures(player_N, responses) -> dict:
             "logp_real": logp_P, "nll": -logp_P}
 
 
-def loss_figures(player_N, responses, world, config, t) -> dict:
+def loss_figures(player_N, responses, world, config, stage) -> dict:
     """The method's own loss, what the theory says of it, and the log-probs behind it, [P] each.
 
-    The loss is exact over y ~ p_data, and a mean over the opponent's samples for y'.
+    The loss is exact over y ~ p_data; y' has the shares that training gives it (`known_shares`).
     """
     figure_P = dict.fromkeys(("predicted_kl", "predicted_tv", "loss", "loss_floor",
                               "logp_generated", "margin"))
-    if t == 0 or config.method == "sft":
+    if stage == 0 or config.method == "sft":
         entropy_N = -responses.data_N * np.log(np.where(responses.data_N > 0, responses.data_N, 1))
         figure_P["loss"] = -sum_P(responses, responses.data_N * player_N)
         figure_P["loss_floor"] = None if world.empirical else sum_P(responses, entropy_N)
-    if t == 0:
+    if stage == 0:
         return figure_P
     ratio_N = player_N - responses.opponent_N
     figure_P["logp_generated"] = sum_P(responses, responses.generated_N * player_N)
@@ -85,10 +88,10 @@ def loss_figures(player_N, responses, world, config, t) -> dict:
 def pair_loss(ratio_N, responses, config, first, ranked=False, most=1 << 20):
     """The mean loss over the pairs of each prompt, [P]; some prompts at a time, to bound memory."""
     first_N, second_N, loss_P = getattr(responses, first), responses.generated_N, []
-    first_row, P = responses.trees.first_row, len(responses.trees.answer_P)
-    chunk = max(1, most * P // max(1, int((np.diff(first_row) ** 2).sum())))
+    first_response, P = responses.trees.first_response, len(responses.trees.answer_P)
+    chunk = max(1, most * P // max(1, int((np.diff(first_response) ** 2).sum())))
     for p in range(0, P, chunk):
-        rows = slice(first_row[p], first_row[min(P, p + chunk)])
+        rows = slice(first_response[p], first_response[min(P, p + chunk)])
         prompt_N = responses.prompt_N[rows] - p
         i_B, j_B, weight_B = pairs(prompt_N, first_N[rows], second_N[rows])
         if ranked:  # DPO's oracle prefers what p_data prefers
@@ -171,11 +174,11 @@ def theorem_lam(loss, lam, mu=1.0):
 
 def shown(player_N, responses, world, p) -> list[float]:
     """p_θ of each response that p_data gives prompt p, in the order of the data file."""
-    first, row = responses.trees.first_row[p], responses.trees.responses[p].index
-    return [math.exp(player_N[first + row(y)]) for y in likeliest(world.data[p])]
+    first, number_of = responses.trees.first_response[p], responses.trees.responses[p].index
+    return [math.exp(player_N[first + number_of(y)]) for y in likeliest(world.data[p])]
 
 
 def likeliest(probabilities, most=8) -> dict:
     """The likeliest of some responses, as many as a picture has room for, in the same order."""
-    least = sorted(probabilities, key=probabilities.get, reverse=True)[:most]
-    return {y: p for y, p in probabilities.items() if y in least}
+    kept = sorted(probabilities, key=probabilities.get, reverse=True)[:most]
+    return {y: p for y, p in probabilities.items() if y in kept}

@@ -42,14 +42,14 @@ def grow(prompt, responses) -> dict[str, list[int]]:
     ([7, 8, 1, 2], [0, 1, 2, 3], [4, 4, 4, 4])
     >>> list(zip(tree["parent"], tree["target"]))  # nothing follows 9 and 3: edges, but no nodes
     [(1, 1), (2, 2), (3, 9), (2, 9), (1, 3)]
-    >>> list(zip(tree["row"], tree["edge"]))  # the second response shares its first edge
+    >>> list(zip(tree["response"], tree["edge"]))  # the second response shares its first edge
     [(0, 0), (0, 1), (0, 2), (1, 0), (1, 3), (2, 4)]
     """
     tree = {"token": list(prompt), "depth": list(range(len(prompt))),
-            "parent": [], "target": [], "row": [], "edge": []}
+            "parent": [], "target": [], "response": [], "edge": []}
     nodes, edges = [len(prompt) - 1], []  # of the current path: nodes[k] has read k of its tokens
     previous = ()
-    for row, response in enumerate(responses):
+    for number, response in enumerate(responses):
         shared = len(os.path.commonprefix([previous, response]))
         del nodes[shared + 1:], edges[shared:]
         for k in range(shared, len(response)):
@@ -60,7 +60,7 @@ def grow(prompt, responses) -> dict[str, list[int]]:
             edges.append(len(tree["parent"]))
             tree["parent"].append(nodes[k])
             tree["target"].append(response[k])
-        tree["row"] += [row] * len(edges)
+        tree["response"] += [number] * len(edges)
         tree["edge"] += edges
         previous = response
     tree["end"] = subtree_ends(tree["depth"])
@@ -101,19 +101,21 @@ def runs(prompt, responses, most):
 def grow_all(prompt, responses) -> dict[str, np.ndarray]:
     """The tree of one prompt, or several if it would be large; `size` is the nodes of each.
 
-    `parent` counts the nodes that score something, over all trees of the prompt; so do `row` and
-    `edge`. `end` stays within its tree.
+    Numbers run on over all trees of the prompt: `parent` over the nodes that score something,
+    `response` over the responses, `edge` over the edges. `end` starts anew in each tree.
     """
     most = max(LARGE_TREE, len(prompt) + max(map(len, responses), default=0))
-    columns = {name: [] for name in ("token", "depth", "end", "parent", "target", "row", "edge")}
-    sizes, scored, rows = [], 0, 0
+    columns = {name: [] for name in ("token", "depth", "end", "parent", "target", "response",
+                                    "edge")}
+    sizes, scored, number = [], 0, 0
     for run in runs(prompt, responses, most):
         tree = grow(prompt, run)
-        shift = {"parent": scored - (len(prompt) - 1), "row": rows, "edge": len(columns["parent"])}
+        shift = {"parent": scored - (len(prompt) - 1), "response": number,
+                 "edge": len(columns["parent"])}
         for name, column in columns.items():
             column += [x + shift.get(name, 0) for x in tree[name]]
         sizes.append(len(tree["token"]))
-        scored, rows = scored + sizes[-1] - (len(prompt) - 1), rows + len(run)
+        scored, number = scored + sizes[-1] - (len(prompt) - 1), number + len(run)
     return {name: np.array(column, dtype=np.int64) for name, column in columns.items()} | {
         "size": np.array(sizes)}
 
@@ -123,7 +125,8 @@ class PrefixTrees:
 
     prompts[p] is a list of tokens, closed by ANSWER; responses[p] are distinct tuples of tokens,
     closed by END unless generation was cut short. `self.responses` has them sorted: that is the
-    order of the N rows everywhere. Nodes, edges and rows are numbered from 0 in each prompt.
+    order of the N responses everywhere. Nodes, edges and responses are numbered from 0 in each
+    prompt.
     """
     def __init__(self, prompts, responses):
         self.responses = [sorted(some) for some in responses]
@@ -136,17 +139,17 @@ class PrefixTrees:
         self.first_node = first(len(tree["token"]) for tree in trees)
         self.first_tree = first(len(tree["size"]) for tree in trees)
         self.first_edge = first(len(tree["parent"]) for tree in trees)
-        self.first_step = first(len(tree["row"]) for tree in trees)
-        self.first_row = first(len(some) for some in self.responses)
+        self.first_step = first(len(tree["response"]) for tree in trees)
+        self.first_response = first(len(some) for some in self.responses)
 
     def batch(self, prompts, device="cpu") -> "TreeBatch":
         """The trees of some prompts side by side, as tensors; prompts[i] becomes prompt i."""
         prompts = np.asarray(prompts)
-        node_M, nodes_P = rows_of(self.first_node, prompts)
-        tree_K, trees_P = rows_of(self.first_tree, prompts)
-        edge_E, edges_P = rows_of(self.first_edge, prompts)
-        step_L, steps_P = rows_of(self.first_step, prompts)
-        row_N, rows_P = rows_of(self.first_row, prompts)
+        node_M, nodes_P = parts_of(self.first_node, prompts)
+        tree_K, trees_P = parts_of(self.first_tree, prompts)
+        edge_E, edges_P = parts_of(self.first_edge, prompts)
+        step_L, steps_P = parts_of(self.first_step, prompts)
+        response_N, responses_P = parts_of(self.first_response, prompts)
         answer_P, depth_M = self.answer_P[prompts], self.columns["depth"][node_M]
 
         size_K = self.columns["size"][tree_K]
@@ -161,20 +164,21 @@ class PrefixTrees:
             parent_E=self.columns["parent"][edge_E] + np.repeat(before(scored_P), edges_P),
             target_E=self.columns["target"][edge_E],
             edge_L=self.columns["edge"][step_L] + np.repeat(before(edges_P), steps_P),
-            row_L=self.columns["row"][step_L] + np.repeat(before(rows_P), steps_P))
+            response_L=(self.columns["response"][step_L]
+                        + np.repeat(before(responses_P), steps_P)))
         return TreeBatch(**{name: to_device(x, device) for name, x in columns.items()},
-                         N=len(row_N), longest=int(depth_M.max()) + 1)
+                         N=len(response_N), longest=int(depth_M.max()) + 1)
 
 
-def rows_of(first, prompts):
-    """Where the rows of some prompts stand in a flat array, and how many each prompt has."""
+def parts_of(first, prompts):
+    """Where the entries of some prompts stand in a flat array, and how many each prompt has."""
     count_P = first[prompts + 1] - first[prompts]
     shift_P = first[prompts] - before(count_P)
     return np.arange(count_P.sum()) + np.repeat(shift_P, count_P), count_P
 
 
 def before(count_P):
-    """How many rows stand before each prompt's first: [3, 1, 2] -> [0, 3, 4]"""
+    """How many entries stand before each prompt's first: [3, 1, 2] -> [0, 3, 4]"""
     return np.cumsum(count_P) - count_P
 
 
@@ -217,7 +221,7 @@ class TreeBatch:
     parent_E: torch.Tensor  # which of those each edge leaves
     target_E: torch.Tensor  # the token that it leads to
     edge_L: torch.Tensor  # the edges of all paths, one after another
-    row_L: torch.Tensor  # … and the response that each is a step of
+    response_L: torch.Tensor  # … and the response that each is a step of
     N: int  # how many responses there are
     longest: int  # positions that the deepest node needs
 
@@ -250,7 +254,8 @@ def response_logps(model, batch: TreeBatch, impl="eager"):
     """log p_θ(y|x) of every response in a batch, [N], nats: `sequence_logps`, but faster."""
     hidden_UD = model.hidden(batch.token_M, TreeCache(batch), batch.scored_U)
     logp_E = token_logps(hidden_UD, model.head_weight, batch.target_E, impl, batch.parent_E)
-    return logp_E.new_zeros(batch.N).index_add(0, batch.row_L, logp_E.index_select(0, batch.edge_L))
+    logp_L = logp_E.index_select(0, batch.edge_L)
+    return logp_E.new_zeros(batch.N).index_add(0, batch.response_L, logp_L)
 
 
 @torch.no_grad()
@@ -264,7 +269,7 @@ def all_logps(model, trees: PrefixTrees, impl="eager"):
         prompts = np.arange(first, max(first + 1, fits))
         parts.append(response_logps(model, trees.batch(prompts, device), impl))
         first += len(prompts)
-    return torch.cat(parts).double().cpu().numpy()
+    return torch.cat(parts).cpu().double().numpy()  # an Apple GPU has no float64
 
 
 # --- what an iteration learns from ---------------------------------------------------------------
@@ -273,11 +278,11 @@ def all_logps(model, trees: PrefixTrees, impl="eager"):
 class Responses:
     """All responses of all prompts, and how often each comes: arrays [N] on the host.
 
-    A share is a probability or a frequency; shares of one kind sum to 1 over a prompt's responses
-    (or to 0, where there are none). An expectation over samples is then a weighted sum over
-    distinct responses: exactly the same, at a fraction of the cost.
+    A share is a probability or a frequency: data_N, real_N and generated_N sum to 1 over a prompt's
+    responses (or to 0, where there are none). An expectation over samples is then a weighted sum
+    over distinct responses: exactly the same, at a fraction of the cost.
     """
-    trees: PrefixTrees
+    trees: PrefixTrees  # of all prompts; a Batch's is a TreeBatch: those of some, as tensors
     prompt_N: np.ndarray  # the prompt of each response, in ascending order
     data_N: np.ndarray  # p_data(y|x), exact
     real_N: np.ndarray  # share in the SFT set
@@ -288,10 +293,10 @@ class Responses:
 
     def batch(self, prompts, device="cpu") -> "Batch":
         """The part of the table that belongs to some prompts, as tensors."""
-        row_N, rows_P = rows_of(self.trees.first_row, np.asarray(prompts))
-        shares = {name: getattr(self, f"{name}_N")[row_N].astype(np.float32)
+        response_N, responses_P = parts_of(self.trees.first_response, np.asarray(prompts))
+        shares = {name: getattr(self, f"{name}_N")[response_N].astype(np.float32)
                   for name in ("data", "real", "log_share", "generated", "opponent")}
-        prompt_N = np.repeat(np.arange(len(prompts)), rows_P)
+        prompt_N = np.repeat(np.arange(len(prompts)), responses_P)
         return Batch(self.trees.batch(prompts, device), len(prompts), prompt_N, shares, device)
 
 
@@ -324,8 +329,6 @@ def pairs(prompt_N, first_N, second_N):
     ([0, 0, 2], [0, 1, 2], [0.5, 0.5, 1.0])
     """
     i_I, j_J = np.flatnonzero(first_N), np.flatnonzero(second_N)
-    if not len(i_I) or not len(j_J):
-        return i_I[:0], j_J[:0], first_N[:0]
     partners_P = np.bincount(prompt_N[j_J], minlength=prompt_N[-1] + 1)  # each prompt's number of j
     partners_I = partners_P[prompt_N[i_I]]
     i_B = np.repeat(i_I, partners_I)
@@ -337,8 +340,8 @@ def pairs(prompt_N, first_N, second_N):
 def sft_responses(world) -> Responses:
     """What SFT learns from: the responses of p_data, and their shares in the SFT set."""
     trees = PrefixTrees(world.prompts, world.data)
-    none_N = np.zeros(trees.first_row[-1])
-    return Responses(trees, prompts_of_rows(trees), shares_of(world.data, trees),
+    none_N = np.zeros(trees.first_response[-1])
+    return Responses(trees, prompt_of_each(trees), shares_of(world.data, trees),
                      shares_of(world.real, trees), none_N, none_N, none_N)
 
 
@@ -351,7 +354,7 @@ def self_play_responses(world, samples, older, opponent_logps) -> Responses:
     older_counts = older or [{}] * len(samples)
     trees = PrefixTrees(world.prompts, [
         {*data, *own, *old} for data, own, old in zip(world.data, samples, older_counts)])
-    prompt_N, real_N = prompts_of_rows(trees), shares_of(world.real, trees)
+    prompt_N, real_N = prompt_of_each(trees), shares_of(world.real, trees)
     opponent_N = opponent_logps(trees)
     sampled_N, n = shares_of(samples, trees), sum(samples[0].values())
     generated_N = known_shares(prompt_N, real_N, sampled_N, opponent_N, n)
@@ -365,9 +368,9 @@ def self_play_responses(world, samples, older, opponent_logps) -> Responses:
                      generated_N, opponent_N)
 
 
-def prompts_of_rows(trees):
-    """The prompt of each row, [N]."""
-    return np.repeat(np.arange(len(trees.responses)), np.diff(trees.first_row))
+def prompt_of_each(trees):
+    """The prompt of each response, [N]."""
+    return np.repeat(np.arange(len(trees.responses)), np.diff(trees.first_response))
 
 
 def shares_of(counts, trees):
@@ -378,19 +381,22 @@ def shares_of(counts, trees):
 
 
 def known_shares(prompt_N, real_N, sampled_N, opponent_N, n):
-    """Let p_t itself, not a count of n samples, say how the SFT set's responses share their part.
+    """The shares of y': of the SFT set's responses by p_t itself, of others by n samples' counts.
 
-    opponent_N holds log p_t of those anyway. They have probability `known` together; at least one
-    of n samples is another response with chance 1 − knownⁿ. If that is so, the others get a part
-    of (1 − known)/(1 − knownⁿ), in proportion to their counts, and else nothing. So the mean over
-    samplings is p_t for every response, with less noise than counts have, and the shares of a
-    prompt sum to 1.
+    p_t is known of the others too, but only of those that were sampled. To weigh them by it would
+    count each of them too little on average: p_t (1 − (1 − p_t)ⁿ), since some samplings miss it.
+
+    The SFT set's responses have probability `known` together; at least one of n samples is another
+    response with chance 1 − knownⁿ. If one is, the others get (1 − known)/(1 − knownⁿ) together, in
+    proportion to their counts, and else nothing. So the mean over samplings is p_t for every
+    response, with less noise than counts have, and the shares of a prompt sum to 1.
     """
     total = lambda share_N: np.bincount(prompt_N, weights=share_N)[prompt_N]
     p_known_N = np.where(real_N > 0, np.exp(opponent_N), 0)
     other_N = np.where(real_N > 0, 0, sampled_N)
     known_N = np.minimum(total(p_known_N), 1)
     chance_N = np.maximum(1 - known_N ** n, 1e-12)
-    part_N = np.where(total(other_N) > 0, np.maximum((1 - known_N) / chance_N, 1 / n), 0)
+    part_N = np.maximum((1 - known_N) / chance_N, 1 / n)  # 1/n is its limit where `known` is 1
+    part_N = np.where(total(other_N) > 0, part_N, 0)
     return (part_N * other_N / np.maximum(total(other_N), 1e-12)
             + (1 - part_N) * p_known_N / np.maximum(total(p_known_N), 1e-300))

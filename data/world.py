@@ -43,20 +43,21 @@ def check_row(row) -> str | None:
     if not isinstance(row.get("family", ""), str):
         return "family is not a text"
     if ("response" in row) == ("responses" in row):
-        return f'give either "responses": {{answer: probability}} or "response": answer; {found}'
+        return f'give "response": a text, or "responses": {{text: probability}}; {found}'
     if "response" in row and not isinstance(row["response"], str):
         return (f'the response is not a text but {json.dumps(row["response"])[:60]}; put a text in '
                 f'quotes, or one of several in each row')
-    answers = row.get("responses", {row.get("response"): 1.0})
-    if not isinstance(answers, dict) or not answers:
-        return '"responses" must map at least one answer to its probability'
-    for text, p in answers.items():
+    responses = row.get("responses", {row.get("response"): 1.0})
+    if not isinstance(responses, dict) or not responses:
+        return '"responses" must map at least one response to its probability'
+    for text, p in responses.items():
         if not isinstance(text, str) or not text.strip():
             return "a response is empty or not a text"
         if type(p) not in (int, float) or not 0 < p <= 1 + 1e-6:  # also refuses NaN and true
             return f"the probability of {text!r} is {p!r}; it must be a number in (0, 1]"
-    if abs(math.fsum(answers.values()) - 1) > 1e-6:
-        return f"the probabilities sum to {math.fsum(answers.values()):.7g}, not to 1 within 1e-6"
+    total = math.fsum(responses.values())
+    if abs(total - 1) > 1e-6:
+        return f"the probabilities sum to {total:.7g}, not to 1 within 1e-6"
     return None
 
 
@@ -178,6 +179,9 @@ def sample_sft(world: list[dict], n: int, seed: int) -> list[dict[str, int]]:
 
 class World:
     """The rows of a world as tokens, and the finite SFT set drawn from them.
+
+    From here on a response is a sequence of tokens. Only the one that the tokenizer makes of a text
+    has p_data; any other spelling of the same text counts as wrong.
 
     prompts[p]    tokens of prompt p, closed by ANSWER
     data[p]       {response tokens, closed by END: p_data(y|x)}

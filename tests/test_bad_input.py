@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 
 import pytest
@@ -21,7 +22,7 @@ from data.tokenizer import load_encoding
 from data.world import World, read_world
 from processes import ROOT, SMALL, script, write_world
 from sample import SampleConfig
-from sample import main as sample_main
+from sample import main as sample_main, print_counts
 from spin_loss import sequence_logps, token_logps
 from train import Config
 
@@ -227,6 +228,14 @@ def test_sample_answers_a_prompt_that_is_in_no_world(out, capsys):
     sample_main(SampleConfig(out=str(out), prompt=("Who <|end|>?", ""), samples=3,
                              max_new_tokens=4))
     assert "Who <|end|>?" in capsys.readouterr().out
+
+
+def test_sample_tells_a_response_that_was_cut_short_from_one_that_ends_in_dots(capsys):
+    counts = [Counter({("Hm…", True): 3, ("Hm", False): 1})]
+    print_counts("Well?", {"Hm…": 1.0}, ["0"], counts, SampleConfig(samples=4))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:-1] == ["     1.000   0.750   'Hm…'", "         0   0.250   'Hm' …"]
+    assert lines[-1].split()[:3] == ["cut", "short", "0.250"]
 
 
 # ---- Numbers ------------------------------------------------------------------------------------

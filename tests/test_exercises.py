@@ -625,6 +625,7 @@ def test_hand_out_holds_no_solution(handed):
     files = [path for path in handed.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix == ".pyc" or ".git" in path.parts]
     names = {path.name for path in files}
+    assert "EXPERIMENTS.md" in names, "the questions, without their answers"
     assert not names & {"ANSWERS.md", "attempts.toml"} and not any(
         name.startswith("test_") for name in names)
     statements, kinds = set(), (ast.Assign, ast.AugAssign, ast.Return, ast.Expr)

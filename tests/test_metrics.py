@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import exact_probabilities, known_mistake, lbfgs, logp_by_hand, tiny_gpt
 from data.metrics import evaluate, pair_loss, theorem_lam, theory
-from data.responses import (PrefixTrees, Responses, all_logps, prompts_of_rows,
+from data.responses import (PrefixTrees, Responses, all_logps, prompt_of_each,
                             self_play_responses, sft_responses)
 from data.tokenizer import load_encoding
 from data.world import World
@@ -52,7 +52,7 @@ def play():
                  "opponent": logp_by_hand(opponent, world.prompts[p], y)} for y in some}
             for p, some in enumerate(table.trees.responses)]
     for p, some in enumerate(rows):
-        first = table.trees.first_row[p]
+        first = table.trees.first_response[p]
         for n, shares in enumerate(some.values()):
             shares |= {name: float(getattr(table, f"{name}_N")[first + n])
                        for name in ("data", "generated")}
@@ -278,7 +278,7 @@ def synthetic(sizes) -> tuple[Responses, np.ndarray]:
     """(a table of len(sizes) prompts with sizes[p] responses each, the player's log-probs)."""
     trees = PrefixTrees([[1]] * len(sizes), [[(2, y) for y in range(n)] for n in sizes])
     rng = np.random.default_rng(0)
-    prompt_N = prompts_of_rows(trees)
+    prompt_N = prompt_of_each(trees)
     share_N = rng.random(len(prompt_N)) + 0.1
     share_N /= np.bincount(prompt_N, weights=share_N)[prompt_N]
     player_N, opponent_N = (np.log(share_N) + 0.1 * rng.standard_normal(len(share_N))

@@ -39,8 +39,8 @@ MISTAKES = {
         LOSS + "logprob_is_a_sum_over_response_tokens_not_a_mean",
         "you averaged: your value is 1/"),
     "mean instead of sum, in prefix trees": (
-        "data/responses.py", "logp_E.index_select(0, batch.edge_L))\n",
-        "logp_E.index_select(0, batch.edge_L)) / torch.bincount(batch.row_L)\n",
+        "data/responses.py", "batch.response_L, logp_L)\n",
+        "batch.response_L, logp_L) / torch.bincount(batch.response_L)\n",
         PLAY + "sft_objective_is_minus_the_mean_log_probability_of_the_sft_set",
         "you averaged over tokens"),
     "prompt tokens scored": (
@@ -104,7 +104,7 @@ MISTAKES = {
         PLAY + "opponent_is_a_frozen_copy_of_p_t", "it learned with the player"),
     "negatives drawn from the live player": (
         "train.py", "        prompts = batches[step]",
-        "        responses = self_play(player, config, t - 1, run) if t else responses\n"
+        "        responses = self_play(player, config, stage - 1, run) if stage else responses\n"
         "        prompts = batches[step]",
         PLAY + "opponent_is_frozen_within_an_iteration", "the live player?"),
     "opponent frozen at the SFT model for ever": (

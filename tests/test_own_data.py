@@ -344,7 +344,7 @@ NO_SHAPE = {  # a second row → what the line says besides file and line
     "ShareGPT": ({"conversations": []}, "the keys here are 'conversations'", '{"prompt": "…"'),
     "question and answer": ({"question": "x", "answer": "y"}, "'question', 'answer'",
                             '{"prompt": "…"'),
-    "completion": ({"prompt": "x", "completion": "y"}, 'give either "responses"', "'completion'"),
+    "completion": ({"prompt": "x", "completion": "y"}, 'give "response": a text', "'completion'"),
     "response a number": ({"prompt": "x", "response": 3}, "not a text but 3"),
     "response null": ({"prompt": "x", "response": None}, "not a text but null"),
     "response a list": ({"prompt": "x", "response": ["a", "b"]}, 'not a text but ["a", "b"]'),

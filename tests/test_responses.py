@@ -160,7 +160,7 @@ def test_each_prefix_is_one_node_and_each_step_one_edge():
                  zip(tree["parent"], tree["target"], strict=True)]
         assert all(parent >= n - 1 for parent in tree["parent"]), "the prompt itself is not scored"
         assert sorted(edges) == sorted({y[:k] for y in responses for k in range(1, len(y) + 1)})
-        steps = list(zip(tree["row"], tree["edge"], strict=True))
+        steps = list(zip(tree["response"], tree["edge"], strict=True))
         assert [(row, edges[edge]) for row, edge in steps] == [
             (row, y[:k]) for row, y in enumerate(responses) for k in range(1, len(y) + 1)]
 
@@ -321,7 +321,7 @@ def test_table_lists_every_response_once_with_its_shares(history):
 def test_a_batch_holds_the_rows_of_its_prompts(prompts):
     """Prompt q of the batch is prompt prompts[q] of the table, with the same rows and shares."""
     world = small_world()
-    logps = lambda trees: np.linspace(-3, -1, trees.first_row[-1])
+    logps = lambda trees: np.linspace(-3, -1, trees.first_response[-1])
     table = self_play_responses(world, samples_for(world), None, logps)
     batch = table.batch(prompts)
     assert batch.P == len(prompts)
@@ -352,7 +352,7 @@ def test_pairs_are_all_pairs_of_one_prompt_with_product_weights():
 def test_a_batch_averages_its_pairs_over_its_prompts():
     """Equal weight for each prompt, however many pairs it has: together they weigh 1."""
     world = small_world()
-    logps = lambda trees: np.full(trees.first_row[-1], -2.0)
+    logps = lambda trees: np.full(trees.first_response[-1], -2.0)
     table = self_play_responses(world, samples_for(world), None, logps)
     for prompts in ([0, 2], [2]):
         batch = table.batch(prompts)

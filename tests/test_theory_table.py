@@ -182,6 +182,20 @@ def test_the_formula_says_nothing_where_a_loss_has_no_curvature():
     assert predicted_factor("hinge") == predicted_factor("correlation") == -math.inf
 
 
+@pytest.mark.parametrize("lam", [0.3, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("data", [D, [0.5, 0.32, 0.18, 0, 0, 0]], ids=["all right", "3 wrong"])
+def test_squared_step_is_a_closed_form_which_does_not_remove_wrong_responses(data, lam):
+    """p_{t+1} ∝ p_t e^{cq}, q = (p_data − p_t)/(p_data + p_t), c = 1/(λ(1 − E_{p_t} q))."""
+    q = [(d - p) / (d + p) for d, p in zip(data, P)]
+    c = 1 / (lam * (1 - sum(p * x for p, x in zip(P, q))))
+    right = normalised([p * math.exp(c * x) for p, x in zip(P, q)])
+    got = next_policy(log_table(*data), WEAK, lam, "squared").exp().tolist()
+    assert got == pytest.approx(right, abs=1e-9)
+    for wrong in (k for k in range(6) if data[k] == 0):  # p_0 has C, index 2, right already
+        shrunk = got[wrong] / got[2] / (P[wrong] / P[2])
+        assert shrunk == pytest.approx(math.exp(-c), rel=1e-9)
+
+
 def test_expected_kliep_loss_is_the_sft_loss():
     """Up to a constant: E_{p_t} p_θ/p_t = 1, whatever p_θ is."""
     differences = []

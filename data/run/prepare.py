@@ -29,7 +29,7 @@ def prepare(config):
     if config.init:
         take_sizes(config, load_gpt2(Path(config.init), encoding.n_vocab))
     world = load_world(config, encoding)
-    prompts = min(max(1, config.batch_size // config.negatives), len(world.splits["train"]))
+    prompts = min(config.prompts_a_step(), len(world.splits["train"]))
     if prompts < ranks():
         raise InputError(f"torchrun started {ranks()} processes, and a step has {prompts} prompts "
                          f"to share; start fewer, or raise --batch-size")
@@ -46,7 +46,8 @@ def check_flags(config):
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
     parameters = config.n_embd * (12 * config.n_layer * config.n_embd + config.block_size)
-    needed = 5 * 4 * parameters  # weights, gradients, Adam's two averages, the mean of the weights
+    # Weights, gradients, Adam's two averages, the mean of the weights, the opponent.
+    needed = 6 * 4 * parameters
     if needed > memory_of_this_machine():
         raise InputError(f"--n-embd {config.n_embd}: {parameters:.1e} parameters need "
                          f"{needed / 2**30:,.0f} GiB to train, more than this machine has")
@@ -92,12 +93,11 @@ def print_idle_flags(config, world):
         names = ("lam", "loss", "mu", "anchor", "anchor_weight", "opponent", "history")
         idle |= dict.fromkeys(names, "--method sft")
     else:
-        r, s = torch.tensor(-0.3), torch.tensor(0.2)  # where no loss is flat
+        r, s = torch.tensor([-0.3, 0.2], dtype=torch.float64)  # where no loss is flat
         loss = LOSSES[config.loss]
-        if loss(r, s, config.lam, 2 * config.mu) == loss(r, s, config.lam, config.mu):
-            idle["mu"] = f"--loss {config.loss}"
-        if loss(r, s, 2 * config.lam, config.mu) == loss(r, s, config.lam, config.mu):
-            idle["lam"] = f"--loss {config.loss}"
+        for name, lam, mu in (("lam", 2.0, 1.0), ("mu", 1.0, 2.0)):
+            if loss(r, s, lam, mu) == loss(r, s, 1.0, 1.0):
+                idle[name] = f"--loss {config.loss}"
         if config.anchor == "none":
             idle["anchor_weight"] = "--anchor none"
     if world.empirical:
@@ -113,9 +113,9 @@ def print_idle_flags(config, world):
 
 def check_ranking(responses, train, t):
     """Say how many train prompts give DPO's oracle nothing to rank; InputError if all of them."""
-    idle, first_row = 0, responses.trees.first_row
+    idle, first_response = 0, responses.trees.first_response
     for p in train:
-        rows = slice(first_row[p], first_row[p + 1])
+        rows = slice(first_response[p], first_response[p + 1])
         likely_N = responses.generated_N[rows] > 1e-3
         idle += len(np.unique(responses.data_N[rows][likely_N])) < 2
     if idle == len(train):

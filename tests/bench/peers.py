@@ -254,7 +254,7 @@ def ours(stage, prompts, items):
 
 def our_ways(stage, single):
     each = stage.config.negatives if stage.t else stage.config.sft_samples
-    default = train.prompts_a_step(stage.config)
+    default = stage.config.prompts_a_step()
     same = max(1, (PAIRS if stage.t else EXAMPLES) // each)
     few = min(len(single), PAIRS if stage.t else EXAMPLES)
     return {"ours, default": ours(stage, default, default * each),

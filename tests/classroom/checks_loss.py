@@ -467,7 +467,8 @@ def huge_and_tiny_ratios_stay_finite(m):
 @claim(ANCHOR)
 def the_gradient_lifts_what_has_leaked(m):
     policy = tensor([-3.0, -2.5], grad=True)
-    got = m.mass_anchor(policy, tensor([-2.0, -2.0]), tensor([0.5, 0.5]).log(), torch.tensor([0, 0]))
+    got = m.mass_anchor(policy, tensor([-2.0, -2.0]), tensor([0.5, 0.5]).log(),
+                        torch.tensor([0, 0]))
     gradient, = require_gradient(got, policy)
     require(max(plain(gradient)[0]) < 0, "raising log p_θ of a response should lower the anchor "
             "where m < 1; yours rises")

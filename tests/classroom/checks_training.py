@@ -235,7 +235,7 @@ def play(m, opponent="previous", iters=3, method="spin"):
     log, saved = [], {}
     run = ToyRun(saved)
 
-    def fit(player, objective, responses, t, run):
+    def fit(player, objective, responses, stage, run):
         before = None
         if isinstance(responses, SimpleNamespace):
             before = responses.opponent.weights[0]
@@ -243,9 +243,10 @@ def play(m, opponent="previous", iters=3, method="spin"):
         player.weights[0] += 1.0  # the player itself is changed, …
         learnt = before is not None and responses.opponent.weights[0] != before
         result = Player(start + 10.0)  # … and what comes back is another object
-        saved[t] = result.weights[0]
+        saved[stage] = result.weights[0]
         log.append(("fit", SimpleNamespace(player=player, start=start, objective=objective,
-                                           responses=responses, t=t, learnt=learnt, end=result)))
+                                           responses=responses, stage=stage,
+                                           learnt=learnt, end=result)))
         return result
 
     def self_play(opponent, config, t, run):
@@ -258,7 +259,7 @@ def play(m, opponent="previous", iters=3, method="spin"):
                    OBJECTIVES={name: f"the objective {name}" for name in ("spin", "sft", "dpo")})
     m.main(config)
     fits = [entry for kind, entry in log if kind == "fit"]
-    require(fits and fits[0].t == 0, "main no longer begins with SFT, fit(…, 0, run)")
+    require(fits and fits[0].stage == 0, "main no longer begins with SFT, fit(…, 0, run)")
     return log, saved
 
 
@@ -279,9 +280,9 @@ def each_iteration_generates_then_trains(m):
     times = [entry.t for _, entry in plays]
     require(times == [0, 1, 2], f"self_play is told t = {times}, expected [0, 1, 2]: the opponent "
             f"of iteration t is p_t")
-    times = [entry.t for _, entry in fits]
-    require(times == [1, 2, 3], f"fit is told t = {times}, expected [1, 2, 3]: what it makes out "
-            f"of p_t is p_{{t+1}}")
+    stages = [entry.stage for _, entry in fits]
+    require(stages == [1, 2, 3], f"fit is told stage = {stages}, expected [1, 2, 3]: what it makes "
+            f"out of p_t is p_{{t+1}}")
 
 
 @claim(LOOP)
@@ -433,7 +434,7 @@ def the_edges_of_a_row_spell_its_response(m):
     for prompt, responses in cases():
         tree = grown(m, prompt, responses)
         for row, y in enumerate(responses):
-            edges = [e for r, e in zip(tree["row"], tree["edge"]) if r == row]
+            edges = [e for r, e in zip(tree["response"], tree["edge"]) if r == row]
             spelt = tuple(tree["target"][e] for e in edges)
             if spelt != y and len(spelt) < len(y) and y[len(y) - len(spelt):] == spelt:
                 raise Broken(f"row {row} lacks the edges that it shares with the response before: "
@@ -505,7 +506,7 @@ def tree_case(m, impl="eager", order=None):
         end_RT=torch.full((1, M), M), scored_U=torch.tensor(SCORED),
         parent_E=torch.tensor([SCORED.index(node) for node, _ in edges]),
         target_E=torch.tensor([target for _, target in edges]),
-        edge_L=torch.tensor([e for _, e in steps]), row_L=torch.tensor([r for r, _ in steps]),
+        edge_L=torch.tensor([e for _, e in steps]), response_L=torch.tensor([r for r, _ in steps]),
         N=len(PATHS))
     calls = []
 
@@ -523,7 +524,7 @@ def tree_case(m, impl="eager", order=None):
     mistakes = [
         ("this is the mean over tokens; log p(y|x) is the sum",
          [x / len(path) for x, path in zip(whole, PATHS)]),
-        ("shared edges are added to the first response only: use edge_L and row_L", own),
+        ("shared edges are added to the first response only: use edge_L and response_L", own),
         ("END's edge is missing", [value(path[:-1]) for path in PATHS]),
         ("parent_E counts the scored nodes, scored_U, not all nodes: select those first",
          [value([(SCORED.index(node), target) for node, target in path]) for path in PATHS]),

@@ -35,7 +35,8 @@ def handed_files(root) -> list[str]:
         "README.md", "requirements.txt", ".gitignore", ".gitattributes", "LICENSE"))]
     found += [*(root / "data").rglob("*"), *(root / ".github").rglob("*")]
     found += [TESTS / "exercises.py", *(TESTS / "classroom").glob("*.py"),
-              *(TESTS / "classroom" / name for name in ("exercises.toml", "README.md"))]
+              *(TESTS / "classroom" / name
+                for name in ("exercises.toml", "README.md", "EXPERIMENTS.md"))]
     paths = [path for path in found if path.is_file() and "__pycache__" not in path.parts
              and path.suffix != ".pyc"]
     return sorted(path.relative_to(root).as_posix() for path in paths)

@@ -32,10 +32,10 @@ def lam_5_at_last(config):
     """λ = 5 in the last iteration"""
     fit = train.fit
 
-    def with_lam_5(player, objective, responses, t, run):
-        if t == config.iters:
+    def with_lam_5(player, objective, responses, stage, run):
+        if stage == config.iters:
             run.config = replace(run.config, lam=5.0)
-        return fit(player, objective, responses, t, run)
+        return fit(player, objective, responses, stage, run)
     train.fit = with_lam_5
 
 

@@ -75,7 +75,7 @@ def mean_of_tokens(config):
     logps, anchor, lengths = train.response_logps, train.mass_anchor, {}
 
     def response_logps(model, batch, impl="eager"):
-        lengths["N"] = torch.bincount(batch.row_L, minlength=batch.N)
+        lengths["N"] = torch.bincount(batch.response_L, minlength=batch.N)
         return logps(model, batch, impl) / lengths["N"]
     train.response_logps = response_logps
     train.mass_anchor = lambda player_N, opponent_N, *rest: anchor(
@@ -88,11 +88,11 @@ def no_end(config):
     logps = data.responses.response_logps
 
     def response_logps(model, batch, impl="eager"):
-        goes_on_L = torch.ones_like(batch.row_L, dtype=torch.bool)
-        goes_on_L[:-1] = batch.row_L[1:] == batch.row_L[:-1]
+        goes_on_L = torch.ones_like(batch.response_L, dtype=torch.bool)
+        goes_on_L[:-1] = batch.response_L[1:] == batch.response_L[:-1]
         goes_on_L[-1] = False  # the last step of a path, like the last of each other one
         return logps(model, replace(batch, edge_L=batch.edge_L[goes_on_L],
-                                    row_L=batch.row_L[goes_on_L]), impl)
+                                    response_L=batch.response_L[goes_on_L]), impl)
 
     def opponent_logps(opponent, responses):
         data.responses.response_logps = response_logps

@@ -10,9 +10,9 @@ repeated, so an interrupted study goes on where it was. Runs of one seed and one
 their SFT model.
 
 tune      For every method, with the mass anchor and without, with much data and with little: the
-          rate, then λ or μ where the loss has one, then the iteration to stop after. A range of values
-          is widened until the best one lies inside. Best is the least KL on held-out prompts in
-          the mean over three seeds, which are used for nothing else.
+          rate, then λ or μ where the loss has one, then the iteration to stop after. A range of
+          values is widened until the best one lies inside. Best is the least KL on held-out prompts
+          in the mean over three seeds, which are used for nothing else.
 methods   Each method as it was tuned, over five other seeds.
 switches  One change of the default settings each, over three seeds.
 mistakes  One mistake of published code each (mistakes.py), over three seeds.
