@@ -1,13 +1,20 @@
-"""Two worlds of other families than the default one, on which no default was tuned.
+"""Other worlds, to be used with `train.py --data`. `python tests/study/other_worlds.py` writes them.
 
-`python tests/study/other_worlds.py` writes out/town.jsonl and out/desk.jsonl; use them with
-`train.py --data`.
-Their words are not in the tokenizer's vocabulary, so their responses are up to three times longer
-in tokens, and their splits and sizes differ.
+out/town.jsonl, out/desk.jsonl      other families than the default world's; no default was tuned on
+                                    them. Their words are not in the tokenizer's vocabulary, so that
+                                    responses are up to three times longer in tokens; their splits
+                                    and sizes differ.
+out/half.jsonl, out/quarter.jsonl   the default world with every second or fourth train prompt, and
+                                    with all of its held-out prompts.
 """
 import itertools
 import json
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+from data.world import WORLD  # noqa: E402  (sys.path makes it importable)
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 OPPOSITES = {"hot": "cold", "big": "small", "fast": "slow", "old": "young", "light": "dark",
@@ -60,11 +67,24 @@ def rows(family_rows):
                "responses": {y: w / total for y, w in weights.items()}}
 
 
-if __name__ == "__main__":
-    out = Path(__file__).resolve().parents[2] / "out"
-    out.mkdir(exist_ok=True)
-    for world in (town, desk):
-        lines = [json.dumps(row) + "\n" for row in rows(world())]
-        path = out / f"{world.__name__}.jsonl"
+def part(one_of):
+    """The default world's rows, with one of so many train prompts."""
+    all_rows = [json.loads(line) for line in WORLD.read_text(encoding="utf-8").splitlines()]
+    train = [row for row in all_rows if row["split"] == "train"]
+    return train[::one_of] + [row for row in all_rows if row["split"] == "heldout"]
+
+
+def write(out):
+    """Write every world into the folder `out`; return {path: rows}."""
+    worlds = {"town": rows(town()), "desk": rows(desk()), "half": part(2), "quarter": part(4)}
+    found = {out / f"{name}.jsonl": list(some) for name, some in worlds.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for path, some in found.items():
+        lines = [json.dumps(row) + "\n" for row in some]
         path.write_text("".join(lines), encoding="utf-8", newline="\n")
-        print(f"wrote out/{world.__name__}.jsonl: {len(lines)} prompts")
+    return found
+
+
+if __name__ == "__main__":
+    for path, some in write(ROOT / "out").items():
+        print(f"wrote out/{path.name}: {len(some)} prompts")

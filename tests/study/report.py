@@ -37,7 +37,7 @@ def spread(numbers, form=".3f") -> str:
 def command(settings) -> str:
     """What to type for a run with the default seed."""
     changed = {name: value for name, value in settings.items()
-               if name not in ("data", "seed") and value != getattr(Config, name)}
+               if name != "seed" and value != getattr(Config, name)}
     flags = [f" --{name.replace('_', '-')} {value:g}" if isinstance(value, float) else
              f" --{name.replace('_', '-')} {value}" for name, value in changed.items()]
     return f"`python train.py{''.join(flags)}`"

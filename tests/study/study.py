@@ -73,8 +73,8 @@ PARTS = ("tune", "methods", "switches", "mistakes")
 
 def folder(out, settings, mistake=None) -> Path:
     """Where a run lives: its name is what it changes, so that no run is made twice."""
-    changed = [f"{name}-{value}" for name, value in sorted(settings.items())
-               if name != "data" and value != getattr(train.Config, name)]
+    changed = [f"{name}-{Path(value).stem if name == 'data' else value}"
+               for name, value in sorted(settings.items()) if value != getattr(train.Config, name)]
     return Path(out) / ("_".join(changed + ([mistake] if mistake else [])) or "default")
 
 
