@@ -108,7 +108,7 @@ def pair_loss(ratio_N, responses, config, first, ranked=False, most=1 << 20):
 
 
 def theory(player_N, responses, config) -> dict:
-    """The least loss, KL(p_data‖prediction) by Theorem 5.4 and TV(policy, prediction), [P]."""
+    """The loss's floor, KL(p_data‖prediction) by Theorem 5.4 and TV(policy, prediction), [P]."""
     lam = theorem_lam(config.loss, config.lam, config.mu)
     P = len(responses.trees.answer_P)
     names = ["loss_floor"] if config.loss == "logistic" else []

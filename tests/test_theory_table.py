@@ -24,7 +24,7 @@ from data.theory.figure import draw_theory
 from data.theory.table import (DATA, WEAK, alpha_spin_limit, behaviour, contraction, descend,
                                expected_loss, fixed_point, frequencies, kl, log_table,
                                next_alpha_spin, next_policy, next_t_spin, predicted_factor,
-                               self_play, t_spin_limit_near_uniform)
+                               play, t_spin_limit_near_uniform)
 
 ROOT = Path(__file__).resolve().parents[1]
 D, P = DATA.exp().tolist(), WEAK.exp().tolist()
@@ -115,7 +115,7 @@ def test_newton_and_lbfgs_find_the_same_minimum(settings):
 
 @pytest.mark.parametrize("lam", theory.LAMBDAS)
 def test_eight_exact_iterations_follow_theorem_5_4(lam):
-    policies = self_play(DATA, WEAK, lam=lam)
+    policies = play(DATA, WEAK, lam=lam)
     assert len(policies) == 9
     for t, (measured_K, (p, exact_kl)) in enumerate(zip(policies, play_by_hand(lam, 8))):
         assert measured_K.exp().tolist() == pytest.approx(p, abs=1e-6), f"p_{t}"
@@ -123,7 +123,7 @@ def test_eight_exact_iterations_follow_theorem_5_4(lam):
 
 
 def test_self_play_stops_where_p_t_leaves_float64():
-    policies = self_play(DATA, WEAK, lam=0.1)
+    policies = play(DATA, WEAK, lam=0.1)
     assert len(policies) == 3 and kl(DATA, policies[1]) < 100 < kl(DATA, policies[2])
 
 
@@ -258,7 +258,7 @@ def test_hinge_against_p_data_is_a_tie_within_one_over_lambda():
 
 @pytest.mark.parametrize("lam", [1.0, 2.0, 5.0])
 def test_hinge_self_play_ends_in_a_cycle_around_p_data(lam):
-    policies = self_play(DATA, WEAK, 40, lam=lam, loss="hinge")
+    policies = play(DATA, WEAK, 40, lam=lam, loss="hinge")
     assert_close(policies[-1], policies[-3], atol=1e-9, rtol=0)
     for p_K in policies[-2:]:
         spread = (p_K - DATA).max() - (p_K - DATA).min()
@@ -432,7 +432,7 @@ def test_a_fixed_point_of_t_spin_can_have_no_formula_in_radicals():
 def test_with_finite_data_the_fixed_point_is_the_empirical_distribution():
     real_K = frequencies(DATA, 500, torch.Generator().manual_seed(0))
     assert kl(DATA, real_K) > 1e-3
-    assert_close(self_play(real_K, WEAK, 30, lam=2.0)[-1], real_K, atol=1e-6, rtol=0)
+    assert_close(play(real_K, WEAK, 30, lam=2.0)[-1], real_K, atol=1e-6, rtol=0)
     assert_close(next_policy(real_K, WEAK, loss="space"), real_K, atol=1e-6, rtol=0)
 
 

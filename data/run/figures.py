@@ -74,7 +74,7 @@ def draw_kl(ax, rows, empirical):
 
 
 def draw_loss(ax, rows):
-    """(b) the loss of each iteration beside the least value that it can have."""
+    """(b) the loss of each iteration beside its floor, the least that it can be."""
     rows = [r for r in pick(rows, "step") if r["iteration"]]
     for t in sorted({r["iteration"] for r in rows}):
         part = [r for r in rows if r["iteration"] == t]
@@ -83,12 +83,12 @@ def draw_loss(ax, rows):
         ax.plot([place(r, rows) for r in part], [r["loss"] for r in part], ".-", color=BLUE,
                 label=label)
         if floor is not None:
-            ax.hlines(floor, t - 1, t, color=GREEN, lw=3, label=label and "the least it can be")
+            ax.hlines(floor, t - 1, t, color=GREEN, lw=3, label=label and "its floor")
     if rows[-1]["method"] != "sft":
         ax.axhline(math.log(2), color=BLACK, ls=":", label="log 2")
     title = "(b) the loss"
     if rows[-1]["loss_floor"] is not None:
-        title = f"(b) loss ends {rows[-1]['loss'] - rows[-1]['loss_floor']:.3f} above its least"
+        title = f"(b) loss ends {rows[-1]['loss'] - rows[-1]['loss_floor']:.3f} above its floor"
     low, high = ax.get_ylim()  # with room for the legend below the curves
     ax.set(xlabel="iteration", ylabel="nats", title=title, xticks=ticks(rows),
            ylim=(low - 0.35 * (high - low), high))
@@ -103,7 +103,7 @@ def draw_masses(ax, rows):
     sampled = [r["sampled_wrong"] for r in rows]
     leaked = [max(0.0, 1 - a - b) for a, b in zip(right, sampled)]
     ax.stackplot(x, right, sampled, leaked, colors=[BLUE, ORANGE, RED], labels=[
-        "right", "wrong, sampled by the opponent", "wrong, never sampled: leaked"])
+        "right", "wrong, sampled by the opponent", "wrong, never sampled: leaks go here"])
     for t in sorted({r["iteration"] for r in rows})[1:]:
         ax.axvline(t - 1, color="white", lw=1.5)
     ax.set(xlabel="iteration", ylabel="share of p_θ", ylim=(0, 1), xlim=(min(x), max(x) + 1e-9),

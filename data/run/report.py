@@ -31,7 +31,7 @@ def print_progress(t, step, steps, found, weights, seconds_left, empirical):
     row, heldout = found["train"], found.get("heldout")
     loss = f"loss {row['loss']:.3f}" if row["loss"] is not None else "loss –"
     if row["loss_floor"] is not None:
-        loss += f" (least {row['loss_floor']:.3f})"
+        loss += f" (floor {row['loss_floor']:.3f})"
     if empirical:
         distance = f"−log p: {row['nll']:.2f}"
         distance += f", held out {heldout['nll']:.2f}" if heldout else ""
@@ -39,7 +39,7 @@ def print_progress(t, step, steps, found, weights, seconds_left, empirical):
     else:
         distance = f"KL {row['kl']:.3f}  off-support {row['off_support']:5.1%}"
     print(f"{f'iteration {t}' if t else 'SFT':<12} step {step:4d}/{steps}  {loss}  {distance}  "
-          f"{weights:<8} {seconds_left:.0f} s left", flush=True)
+          f"{weights + ' weights':<16}  {seconds_left:.0f} s left", flush=True)
 
 
 def print_responses(prompts, responses):
@@ -60,7 +60,7 @@ def short(text, longest) -> str:
 EXACT = [("KL", "train", "kl", ".4f"), ("predicted", "train", "predicted_kl", ".4f"),
          ("off-supp.", "train", "off_support", ".2%"), ("TV", "train", "tv", ".4f"),
          ("held-out KL", "heldout", "kl", ".4f"), ("loss", "train", "loss", ".4f"),
-         ("least", "train", "loss_floor", ".4f")]
+         ("floor", "train", "loss_floor", ".4f")]
 EMPIRICAL = [("−log p", "train", "nll", ".3f"), ("per token", "train", "nll_per_token", ".4f"),
              ("held out", "heldout", "nll", ".3f"),
              ("per token", "heldout", "nll_per_token", ".4f"),
@@ -79,8 +79,8 @@ def print_closing_table(rows, out, seconds, empirical):
         print("−log p of the real responses, summed over tokens, means over prompts, in nats; e to "
               "the power of\n“per token” is the perplexity. Plain pairs do not say what p_data is.")
     else:
-        print("KL(p_data‖p_θ), losses and the least they can be in nats; iteration 0 is SFT, whose "
-              "loss cannot\nbe less than the entropy of p_data.")
+        print("KL(p_data‖p_θ), losses and their floor, the least that they can be, in nats; "
+              "iteration 0 is\nSFT, whose floor is the entropy of p_data.")
     if not empirical:
         for (t, split), row in list(rows.items())[-2:]:
             families = ", ".join(f"{name} {kl:.3f}" for name, kl in row["families"].items())

@@ -14,7 +14,7 @@ import torch
 
 from data.theory.table import (DATA, FAR, WEAK, alpha_spin_limit, behaviour, contraction, descend,
                                expected_loss, fixed_point, frequencies, kl, next_alpha_spin,
-                               next_policy, next_t_spin, predicted_factor, self_play,
+                               next_policy, next_t_spin, predicted_factor, play,
                                t_spin_limit_near_uniform)
 from spin_loss import loss_floor, optimal_next_policy
 
@@ -24,13 +24,13 @@ LETTERS = list("ABCDEF")  # the names of the responses
 
 def print_row(title, cells, note="", width=8):
     """Print one line of a table: cells are texts or numbers, right-aligned."""
-    texts = [cell if isinstance(cell, str) else short(cell) for cell in cells]
+    texts = [cell if isinstance(cell, str) else digits(cell) for cell in cells]
     line = "".join(f"{text:>{width}}" for text in texts)
     print(f"  {title}{line}  {note}".rstrip())
 
 
-def short(x) -> str:
-    """Three digits. A number below 1e-12 is a rounding error, and shown as 0."""
+def digits(x) -> str:
+    """Three digits, or one below 0.001. A number below 1e-12 is a rounding error: 0."""
     if abs(x) < 1e-12:
         return "0"
     return f"{x:.3g}" if abs(x) >= 1e-3 else f"{x:.0e}"
@@ -53,7 +53,7 @@ def show_theorem(lams):
    is minimised numerically, and the factor by which the first one multiplies log(p_t/p_data). In
    theory every iteration multiplies it by 1 − 1/λ.""")
     print_row("λ   ", [f"t={t}" for t in range(9)])
-    runs = {lam: self_play(DATA, WEAK, lam=lam) for lam in lams}
+    runs = {lam: play(DATA, WEAK, lam=lam) for lam in lams}
     largest_difference = 0.0
     for lam, policies in runs.items():
         kl_T = [kl(DATA, p_K) for p_K in policies]
@@ -68,9 +68,9 @@ def show_theorem(lams):
     print(f"   Largest difference from the closed form, iterated on its own: "
           f"{largest_difference:.0e} nats.")
     print("""\
-   See: λ = 1 arrives after one iteration, and a larger λ takes more of them. With λ < ½ the
-   log-ratios grow at every iteration, and KL at every second one at least, for it does not weigh
-   the two signs of a log-ratio alike.
+   See: λ = 1 arrives after one iteration, and a larger λ takes more of them. With λ < ½ each
+   iteration enlarges log(p_t/p_data) and flips its sign. KL weighs the two signs differently, so
+   that it may fall a little in one iteration, but over two it rises.
 """)
     return runs
 
@@ -119,7 +119,7 @@ def show_losses():
             near_K = (DATA + 1e-4 * (WEAK - DATA)).log_softmax(0)
             found = contraction(near_K, next_policy(DATA, near_K, loss=loss, **settings))
             factors = [predicted_factor(loss, **settings), round(found, 4)]
-        kl_T = [kl(DATA, p_K) for p_K in self_play(DATA, WEAK, loss=loss, **settings)]
+        kl_T = [kl(DATA, p_K) for p_K in play(DATA, WEAK, loss=loss, **settings)]
         stays = kl(DATA, next_policy(DATA, DATA, start_K=WEAK, loss=loss, **settings))
         print_row(f"{title:17}", [*factors, *(kl_T[t] for t in (0, 1, 2, 4, 7, 8)), stays])
     print("""\
@@ -202,7 +202,7 @@ def show_samples(seed=0):
     for n in (200, 2000, 20000):
         real_K = frequencies(DATA, n, generator)
         for lam in (1, 2):
-            exact_K = self_play(real_K, WEAK, iterations=20, lam=lam)[-1]
+            exact_K = play(real_K, WEAK, iterations=20, lam=lam)[-1]
             policy_K, kl_T = WEAK, []
             for _ in range(60):
                 generated_K = frequencies(policy_K, n, generator)

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data.theory.table import (DATA, WEAK, behaviour, contraction, expected_loss, kl,
-                               predicted_factor, self_play)
+                               predicted_factor, play)
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -49,7 +49,7 @@ def draw_kl(ax, runs):
         last_t = len(kl_T) - 1
         place = (last_t + 0.3, min(kl_T[-1], 150)) if kl_T[-1] > smallest else (0.8, 3 * smallest)
         ax.text(*place, f"λ = {lam:g}", color=colour, fontsize=13, va="center")
-    hinge_T = [kl(DATA, p_K) for p_K in self_play(DATA, WEAK, loss="hinge")]
+    hinge_T = [kl(DATA, p_K) for p_K in play(DATA, WEAK, loss="hinge")]
     ax.plot(hinge_T, "k--", lw=1)
     ax.text(8.3, 1.3 * max(hinge_T[-2:]), "hinge, λ=1", fontsize=12, va="center")
     ax.set(yscale="log", ylim=(smallest, 3e2), xlim=(-0.2, 11.8), xticks=range(9), xlabel="t",

@@ -7,7 +7,7 @@ to machine precision. What is left is the theory: what one exact iteration reach
 repeating it does.
 
 Reading order: p_data, p_0 and `kl` → the losses and `expected_loss` → `minimise` and two others →
-`next_policy`, `self_play` → how fast self-play converges: `contraction` measures the factor,
+`next_policy`, `play` → how fast self-play converges: `contraction` measures the factor,
 `predicted_factor` predicts it → α-SPIN and T-SPIN, two games that do not end at p_data.
 
 Dimensions: K responses, G groups of responses. A policy is the vector of its K log-probabilities,
@@ -31,7 +31,9 @@ def log_table(*probabilities):
 DATA = log_table(0.34, 0.24, 0.18, 0.12, 0.08, 0.04)  # p_data
 WEAK = log_table(0.08, 0.12, 0.18, 0.26, 0.30, 0.06)  # p_0
 
-FAR = 100  # nats. Beyond it e^−KL nears float64's rounding of 0, and no minimum can be found.
+# KL in nats. Beyond it the rarest p_t(y) soon falls below e^−745, which float64 rounds to 0, and no
+# minimum can be found.
+FAR = 100
 
 
 def kl(p_K, q_K) -> float:
@@ -154,12 +156,12 @@ def next_policy(data_K, opponent_K, lam=1.0, loss="logistic", mu=1.0, generated_
     return minimise(loss_of, start_K).log_softmax(0)
 
 
-def self_play(data_K, start_K, iterations=8, **settings):
-    """Algorithm 1 without sampling: [p_0, p_1, …]. Stops early where p_t is FAR from p_data.
+def play(data_K, first_K, iterations=8, **settings):
+    """Algorithm 1 without sampling, from p_0: [p_0, p_1, …]. Stops where p_t is FAR from p_data.
 
     `settings` are those of `next_policy`: lam, loss, mu.
     """
-    policies = [start_K]
+    policies = [first_K]
     while len(policies) <= iterations and kl(data_K, policies[-1]) < FAR:
         policies.append(next_policy(data_K, policies[-1], **settings))
     return policies

@@ -12,7 +12,7 @@ pairs a step, one row for each. An example is a response of the SFT set; a pair 
 generated response to one prompt. Our step stands for sft_samples examples, or for as many pairs as
 it has generated responses, for each of its prompts. We run in three ways:
 
-default       32 prompts a step: 4096 examples or 1024 pairs;
+32 prompts    … in a step: 4096 examples or 1024 pairs;
 same number   1 prompt with 128 examples, or 8 prompts with 32 generated responses each;
 no repeats    1 example or 1 pair for each prompt, and the two responses of a pair differ: what is
               gained from responses that come more than once is gone. The careful loop has the
@@ -254,10 +254,10 @@ def ours(stage, prompts, items):
 
 def our_ways(stage, single):
     each = stage.config.negatives if stage.t else stage.config.sft_samples
-    default = stage.config.prompts_a_step()
+    many = stage.config.prompts_a_step()
     same = max(1, (PAIRS if stage.t else EXAMPLES) // each)
     few = min(len(single), PAIRS if stage.t else EXAMPLES)
-    return {"ours, default": ours(stage, default, default * each),
+    return {"ours, 32 prompts": ours(stage, many, many * each),
             "ours, same number": ours(stage, same, same * each),
             "ours, no repeats": ours(without_repeats(stage, single), few, few)}
 
@@ -290,7 +290,7 @@ def peer_tables(quick):
     words = tokenizer(spin.player.config.vocab_size, world.end_token)
 
     print(f"\ntransformers {transformers.__version__}, trl {trl.__version__}")
-    head("work", "contender", "a CPU second", "ours / this: default / same number / no repeats")
+    head("work", "contender", "a CPU second", "ours / this: 32 prompts / same number / no repeats")
     print_rates("SFT", "examples", our_ways(sft, one_example) | {
         "TRL's SFTTrainer": sft_trainer(model, examples, words),
         "careful loop": careful(model, examples, lam, EXAMPLES),

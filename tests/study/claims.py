@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402  (sys.path makes the project importable)
 
 import train  # noqa: E402
-from data.theory.table import DATA, WEAK, kl, next_policy, self_play  # noqa: E402
+from data.theory.table import DATA, WEAK, kl, next_policy, play  # noqa: E402
 from study import mistakes, other_worlds, report, study  # noqa: E402
 
 
@@ -207,7 +207,7 @@ def on_the_table(lams=(0.1, 2.0, 5.0)) -> str:
             "optimum (data/theory), as long as it is below 100.\n\n")
     rows = []
     for lam in lams:
-        kls = [f"{kl(DATA, p_K):.4g}" for p_K in self_play(DATA, WEAK, iterations=3, lam=lam)]
+        kls = [f"{kl(DATA, p_K):.4g}" for p_K in play(DATA, WEAK, iterations=3, lam=lam)]
         stays = kl(DATA, next_policy(DATA, DATA, lam=lam, start_K=WEAK))
         rows.append([f"{lam:g}", *kls, *["not played"] * (4 - len(kls)), f"{abs(stays):.0e}"])
     head = ["λ", "p_0", "p_1", "p_2", "p_3", "p_1 if p_0 = p_data"]
