@@ -91,7 +91,7 @@ def test_the_study_runs_and_writes_its_page_and_figure(tmp_path, monkeypatch):
     args = argparse.Namespace(parts=",".join(study.PARTS), quick=True, out=str(tmp_path),
                               workers=2)
     study.main(args)
-    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    page = (tmp_path / "STUDY.md").read_text(encoding="utf-8")
     assert page.count("**") == 2 * 3, "a best rate for each method, and a best λ"
     for words in ("--loss hinge", mistakes.MISTAKES["greedy"][1], "| more SFT | `python train.py"):
         assert words in page

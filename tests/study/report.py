@@ -1,4 +1,4 @@
-"""What study.py found, from the runs' metrics.jsonl alone: a page and a figure in its --out.
+"""What study.py found, from the runs' metrics.jsonl alone: a page and a figure.
 
 Reading order: `rows_of`, `spread` → a table for each part → `draw_methods` → `write`.
 """
@@ -166,28 +166,30 @@ the responses of the SFT set, as the tutorial does, would hide these mistakes.
 
 
 def write(args, found, seconds):
-    """README.md and study.png in --out."""
-    out, seeds = Path(args.out), lambda part: ", ".join(map(str, args.seeds[part]))
-    done = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/done")]
+    """The page and, if methods were compared, the figure beside p_data."""
+    seeds = lambda part: ", ".join(map(str, args.seeds[part]))
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in Path(args.out).glob("*/done")]
     cpu = sum(one["cpu"] for one in done) / 60
-    text = (f"# What `python tests/study/study.py` found\n\nWritten by the script from its runs' "
-            f"metrics. {machine()}, {os.cpu_count()} cores, torch {torch.__version__}; "
-            f"`--parts {args.parts}`{' --quick' if args.quick else ''}: {len(done)} runs, "
-            f"{cpu:.0f} min of processor time, {cpu / args.workers:.0f} min with "
-            f"{args.workers} runs at a time.\n\n")
+    text = (f"# A fair comparison: the tables\n\n[README.md](README.md) says what is compared, and "
+            f"what was found. Written by `python tests/study/study.py"
+            f"{'' if args.whole else ' --parts ' + args.parts}{' --quick' if args.quick else ''}` "
+            f"from its runs' metrics.\nMachine: {machine()}, {os.cpu_count()} cores, torch "
+            f"{torch.__version__}; {len(done)} runs, {cpu:.0f} minutes of\nprocessor time.\n\n")
+    if "methods" in found:
+        draw_methods(found["methods"], args.figure)
+        text += METHODS.format(seeds("methods"))
+        link = os.path.relpath(args.figure, args.page.parent).replace(os.sep, "/")
+        text += f"![each method's distance from p_data]({link})\n\n"
+        for data in dict.fromkeys(data for data, _ in found["methods"]):
+            text += f"{data.capitalize()} data:\n\n" + methods_table(found["methods"], data)
     if "rates" in found:
         text += TUNING.format(seeds("tune")) + tuning_table(found["rates"])
         for name, tried in found["seconds"].items():
             symbol = {"lam": "λ", "mu": "μ"}[name]
             text += f"{symbol}, at each method's best rate:\n\n" + tuning_table(tried)
-    if "methods" in found:
-        text += METHODS.format(seeds("methods"))
-        for data in dict.fromkeys(data for data, _ in found["methods"]):
-            text += f"{data.capitalize()} data:\n\n" + methods_table(found["methods"], data)
-        draw_methods(found["methods"], out / "study.png")
     if "switches" in found:
         text += SWITCHES.format(seeds("switches")) + runs_table(found["switches"])
     if "mistakes" in found:
         text += MISTAKES_TEXT.format(seeds("mistakes")) + runs_table(found["mistakes"])
-    (out / "README.md").write_text(text.rstrip() + "\n", encoding="utf-8")
-    print(f"\n{text}wrote {out / 'README.md'}; {seconds / 60:.1f} min")
+    args.page.write_text(text.rstrip() + "\n", encoding="utf-8")
+    print(f"\n{text}wrote {args.page}; {seconds / 60:.1f} min")

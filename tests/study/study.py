@@ -4,10 +4,10 @@
     python tests/study/study.py --parts mistakes
     python tests/study/study.py --quick     a small world and few steps: does everything run?
 
-Writes README.md and study.png into --out (out/study). Every run is train.main with other settings,
-one thread each; all figures come from the runs' metrics.jsonl. A run that is complete is not
-repeated, so an interrupted study goes on where it was. Runs of one seed and one SFT set share
-their SFT model.
+Writes STUDY.md and study.png: here and into .github/assets if all of it was run, else into --out
+(out/study). Every run is train.main with other settings, one thread each; all figures come from
+the runs' metrics.jsonl. A run that is complete is not repeated, so an interrupted study goes on
+where it was. Runs of one seed and one SFT set share their SFT model.
 
 tune      For every method, with the mass anchor and without, with much data and with little: the
           rate, then λ or μ where the loss has one, then the iteration to stop after. A range of
@@ -245,6 +245,9 @@ def main(args):
             run_all([job for jobs, _, _ in runs for job in jobs], args, part)
             found[part] = [([folder(*job) for job in jobs], change, mistake)
                            for jobs, change, mistake in runs]
+    args.whole = not args.quick and set(parts) == set(PARTS)
+    args.page = (ROOT / "tests" / "study" if args.whole else Path(args.out)) / "STUDY.md"
+    args.figure = (ROOT / ".github" / "assets" if args.whole else Path(args.out)) / "study.png"
     report.write(args, found, time.time() - began)
 
 
