@@ -1,6 +1,6 @@
 """Everything that can be wrong, checked before anything is trained.
 
-Reading order: `prepare` → `check_flags` → `take_sizes` → `load_world` → `print_idle_flags`; and
+Reading order: `prepare` → `check_flags` → `take_sizes` → `check_memory` → `load_world` → `print_idle_flags`; and
 `check_ranking`, before each iteration of DPO.
 """
 import math
@@ -28,6 +28,7 @@ def prepare(config):
     encoding = load_encoding(config.encoding, config.pattern)
     if config.init:
         take_sizes(config, load_gpt2(Path(config.init), encoding.n_vocab))
+    check_memory(config, encoding.n_vocab)
     world = load_world(config, encoding)
     prompts = min(config.prompts_a_step(), len(world.splits["train"]))
     if prompts < ranks():
@@ -45,7 +46,11 @@ def check_flags(config):
                          f"{config.n_head}, so that every head gets an equal share")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
-    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + config.block_size)
+
+
+def check_memory(config, n_vocab):
+    """InputError if a model of these sizes cannot be trained here."""
+    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + config.block_size + n_vocab)
     # Weights, gradients, Adam's two averages, the mean of the weights, the opponent.
     needed = 6 * 4 * parameters
     if needed > memory_of_this_machine():
@@ -69,7 +74,6 @@ def take_sizes(config, player):
     if sizes != {name: getattr(config, name) for name in sizes}:
         print(f"--init {config.init}: its sizes replace those of the flags: {told}")
     vars(config).update(sizes)
-    check_flags(config)  # its memory
 
 
 def load_world(config, encoding) -> World:
