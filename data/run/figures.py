@@ -238,7 +238,7 @@ def draw_frames(rows, shown, empirical) -> bytes:
                 move(axes, rows, row)
                 stage = f"iteration {row['iteration']}" if row["iteration"] else "SFT"
                 value = (f"−log p of a real response = {row['nll']:.2f} nats" if empirical else
-                         f"KL(p_data‖p_θ) = {row['kl']:.3f} nats (black: p_data, blue: p_θ)")
+                         f"KL on train prompts = {row['kl']:.3f} nats (black: p_data, blue: p_θ)")
                 figure.suptitle(f"{stage}, step {row['step']}: {value}")
                 writer.grab_frame()
         return path.read_bytes()
