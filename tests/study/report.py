@@ -5,6 +5,7 @@ Reading order: `rows_of`, `spread` → a table for each part → `draw_methods` 
 import json
 import os
 import statistics
+import textwrap
 from pathlib import Path
 
 import torch
@@ -109,6 +110,7 @@ def draw_methods(found, path):
                                     layout="constrained")
         for ax, data in zip(axes.flat, kinds):
             some = {method: one for (d, method), one in found.items() if d == data}
+            some = {"SFT, the start": (*some["SPIN"][:2], 0), **some}
             for split, colour, mark, shift in (("train", BLUE, "o", -0.12),
                                                ("heldout", ORANGE, "s", 0.12)):
                 for y, (paths, _, stop) in enumerate(some.values()):
@@ -120,50 +122,39 @@ def draw_methods(found, path):
                         label="training prompts" if split == "train" else "held-out prompts")
             settings = next(iter(some.values()))[1]
             few = settings.get("sft_samples", Config.sft_samples)
-            ax.set(xscale="log", xlabel="KL(p_data‖p_θ), nats; lower is better",
+            ax.set(xlabel="KL(p_data‖p_θ), nats; lower is better",
                    title=f"{data} data: {few} responses a prompt")
-            ax.xaxis.set_major_formatter("{x:g}")
+            low, high = ax.get_xlim()
+            if low <= 0 or high > 5 * low:
+                ax.set_xscale("log")
+                ax.xaxis.set_major_formatter("{x:g}")
             ax.set_yticks(range(len(some)), list(some))
             ax.grid(axis="x", alpha=0.4)
         axes[0, 0].invert_yaxis()
-        axes[0, 0].legend(loc="lower right")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=80)
         plt.close(figure)
 
 
 # --- the page ------------------------------------------------------------------------------------
 
-TUNING = """## Tuning
+METHODS = """Mean and range over seeds that were not used for tuning ({}), each method stopped after the
+iteration that tuning chose. KL in nats. "no anchor": `--anchor none`; else the mass anchor. SFT has no
+opponent, hence no anchor. The commands give these runs with seed 0."""
+TUNING = """KL(p_data‖p_θ) in nats on held-out prompts, in the mean over seeds that nothing else uses ({}),
+and after which iteration it is least. Bold is chosen: the same rule for every method. The range of
+values was widened until the best lies inside, or at a limit (rates from 6e-5 to 0.065, λ and μ from
+0.03 to 200): a method whose best is the lowest rate does best by hardly moving. The SFT models, where
+all of them start, are at {}."""
+SWITCHES = """Mean and range over seeds {}. Two are not expected to converge: the correlation loss 1 − u
+has no minimum, and below λ = ½ exact self-play overshoots further at every iteration (Theorem 5.4)."""
+MISTAKES_TEXT = """The default settings with one mistake each (`tests/study/mistakes.py`), seeds {}. Rows on
+sampling and on the wrong opponent are to be compared with the row of counts: knowing p_t(y) for the
+responses of the SFT set, as the tutorial does, would hide these mistakes."""
 
-KL(p_data‖p_θ) in nats on held-out prompts, in the mean over seeds that nothing else uses ({}),
-and after which iteration it is least. Bold is chosen: the same rule for every method. The range
-of values was widened until the best lies inside (or at a limit: rates from 6e-5 to 0.065, λ and
-μ from 0.03 to 200, where the best is to move hardly at all). The SFT models, where all of them
-start, are at {}.
 
-Learning rates, at the default λ and μ:
-
-"""
-METHODS = """## Methods
-
-Mean and range over seeds that were not used for tuning ({}), each method stopped after the
-iteration that tuning chose. KL in nats. "no anchor": `--anchor none`; else the mass anchor. SFT
-has no opponent, hence no anchor. The commands give these runs with seed 0.
-
-"""
-SWITCHES = """## What each switch does
-
-Mean and range over seeds {}. Two are not expected to converge: the correlation loss 1 − u has no
-minimum, and below λ = ½ exact self-play overshoots further at every iteration (Theorem 5.4).
-
-"""
-MISTAKES_TEXT = """## Mistakes of published code
-
-The default settings with one mistake each (`tests/study/mistakes.py`), seeds {}. Rows on
-sampling and on the wrong opponent are to be compared with the row of counts: knowing p_t(y) for
-the responses of the SFT set, as the tutorial does, would hide these mistakes.
-
-"""
+def section(title, text) -> str:
+    return f"## {title}\n\n{textwrap.fill(text, 98)}\n\n"
 
 
 def write(args, found, seconds):
@@ -171,27 +162,31 @@ def write(args, found, seconds):
     seeds = lambda part: ", ".join(map(str, args.seeds[part]))
     done = [json.loads(path.read_text(encoding="utf-8")) for path in Path(args.out).glob("*/done")]
     cpu = sum(one["cpu"] for one in done) / 60
-    text = (f"# A fair comparison: the tables\n\n[README.md](README.md) says what is compared, and "
-            f"what was found. Written by `python tests/study/study.py"
-            f"{'' if args.whole else ' --parts ' + args.parts}{' --quick' if args.quick else ''}` "
-            f"from its runs' metrics.\nMachine: {machine()}, {os.cpu_count()} cores, torch "
-            f"{torch.__version__}; {len(done)} runs, {cpu:.0f} minutes of\nprocessor time.\n\n")
+    flags = ("" if args.whole else f" --parts {args.parts}") + (" --quick" if args.quick else "")
+    text = "# A fair comparison: the tables\n\n" + textwrap.fill(
+        f"[README.md](README.md) says what is compared, and what was found. Written by `python "
+        f"tests/study/study.py{flags}` from its runs' metrics. Machine: {machine()}, {os.cpu_count()} "
+        f"cores, torch {torch.__version__}; {len(done)} runs, {cpu:.0f} minutes of processor time.",
+        98) + "\n\n"
     if "methods" in found:
         draw_methods(found["methods"], args.figure)
-        text += METHODS.format(seeds("methods"))
         link = os.path.relpath(args.figure, args.page.parent).replace(os.sep, "/")
+        text += section("Methods", METHODS.format(seeds("methods")))
         text += f"![each method's distance from p_data]({link})\n\n"
         for data in dict.fromkeys(data for data, _ in found["methods"]):
             text += f"{data.capitalize()} data:\n\n" + methods_table(found["methods"], data)
     if "rates" in found:
         starts = " and ".join(f"{kl:.3f} ({data})" for data, kl in found["starts"].items())
-        text += TUNING.format(seeds("tune"), starts) + tuning_table(found["rates"])
+        text += section("Tuning", TUNING.format(seeds("tune"), starts))
+        text += "Learning rates, at the default λ and μ:\n\n" + tuning_table(found["rates"])
         for name, tried in found["seconds"].items():
             symbol = {"lam": "λ", "mu": "μ"}[name]
             text += f"{symbol}, at each method's best rate:\n\n" + tuning_table(tried)
     if "switches" in found:
-        text += SWITCHES.format(seeds("switches")) + runs_table(found["switches"])
+        text += section("What each switch does", SWITCHES.format(seeds("switches")))
+        text += runs_table(found["switches"])
     if "mistakes" in found:
-        text += MISTAKES_TEXT.format(seeds("mistakes")) + runs_table(found["mistakes"])
+        text += section("Mistakes of published code", MISTAKES_TEXT.format(seeds("mistakes")))
+        text += runs_table(found["mistakes"])
     args.page.write_text(text.rstrip() + "\n", encoding="utf-8")
     print(f"\n{text}wrote {args.page}; {seconds / 60:.1f} min")
