@@ -48,6 +48,8 @@ def place(row, rows) -> float:
 def draw_kl(ax, rows, empirical):
     """(a) KL at each iteration, measured and predicted; or the negative log-likelihood."""
     key = "nll" if empirical else "kl"
+    highest = max(row[key] for row in pick(rows, "iteration")[-1:]
+                  + pick(rows, "iteration", "heldout")[-1:])
     for split, colour, mark, label in (("train", BLUE, "o-", "train prompts"),
                                        ("heldout", ORANGE, "s--", "held-out prompts")):
         some = pick(rows, "iteration", split)
@@ -56,7 +58,8 @@ def draw_kl(ax, rows, empirical):
                     label=label)
             last = some[-1]
             ax.annotate(f"{last[key]:.3g}", (last["iteration"], last[key]), color=colour,
-                        xytext=(7, 0), textcoords="offset points", va="center",
+                        xytext=(7, 0), textcoords="offset points",
+                        va="bottom" if last[key] == highest else "top",
                         fontsize=matplotlib.rcParams["font.size"] - 2)
     some = [r for r in pick(rows, "iteration") if r["predicted_kl"]]
     if some:
@@ -68,7 +71,7 @@ def draw_kl(ax, rows, empirical):
            title=f"(a) {'NLL' if empirical else 'KL'}, train: {first:.3g} → {last:.3g}")
     if not empirical:
         ax.set_yscale("log")
-    ax.margins(x=0.2)
+    ax.margins(x=0.25)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
 
