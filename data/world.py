@@ -217,9 +217,9 @@ class World:
             row = self.rows[lengths.index(longest)]
             x = row["prompt"] if len(row["prompt"]) < 60 else row["prompt"][:59] + "…"
             raise InputError(f"{long} of {len(lengths)} rows exceed {block_size} tokens; longest "
-                             f"{longest}, line {row['line']}: --block-size {longest} would hold it, "
-                             f"or, with the model of --init, shorter rows (its prompt {x!r} and longest response are {longest} tokens; the "
-                             f"--block-size is {block_size})")
+                             f"{longest}, line {row['line']}: --block-size {longest} would hold it "
+                             f"(its prompt {x!r} and longest response are {longest} tokens; the "
+                             f"--block-size is {block_size}, or that of the model in --init)")
 
     def shown(self) -> list[int]:
         """Four prompts to look at: one of each family, held-out ones first, of few responses."""

@@ -41,7 +41,7 @@ def test_counter_sees_every_way_to_wait():
 def test_a_step_takes_few_operations_and_waits_once(method, most):
     """One whole step of `train.fit` on the committed world, averaging included."""
     operations, waits = operations_of_a_step(method)
-    assert operations["aten::_fused_adamw_"] == 1 and operations.total() > 100, "a whole step"
+    assert operations["aten::_fused_adam_"] == 1 and operations.total() > 100, "a whole step"
     assert operations.total() <= most, f"{operations.total()}: {operations.most_common(12)}"
     assert operations.total() < BEFORE[method] / 3
     assert waits.total() <= 1, f"besides the check of the gradient's norm: {dict(waits)}"

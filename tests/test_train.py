@@ -170,13 +170,13 @@ def test_policy_is_the_average_of_the_later_weights(tmp_path, no_figures, monkey
 def test_no_step_takes_a_prompt_twice_and_all_come_equally_often():
     config = Config(batch_size=32, negatives=8)
     train_prompts = [3 * p for p in range(10)]
-    batches = prompt_batches(train_prompts, 4000, config, t=1)
+    batches = prompt_batches(train_prompts, 4000, config, stage=1)
     assert len(batches) == 4000 and all(len(set(step)) == len(step) == 4 for step in batches)
     counts = Counter(itertools.chain(*batches))  # 1600 each; σ = 1600 · ¼ / 2000 passes: about 18
     assert sorted(counts) == train_prompts and max(abs(n - 1600) for n in counts.values()) < 90
     assert set(itertools.chain(*prompt_batches(list(range(12)), 3, config, 1))) == set(range(12))
-    assert batches != prompt_batches(train_prompts, 4000, config, t=2)
-    assert batches == prompt_batches(train_prompts, 4000, config, t=1)
+    assert batches != prompt_batches(train_prompts, 4000, config, stage=2)
+    assert batches == prompt_batches(train_prompts, 4000, config, stage=1)
 
 
 def test_in_bfloat16_too_the_player_starts_as_its_opponent(run):

@@ -1,7 +1,7 @@
 """Everything that can be wrong, checked before anything is trained.
 
-Reading order: `prepare` → `check_flags` → `take_sizes` → `check_memory` → `load_world` → `print_idle_flags`; and
-`check_ranking`, before each iteration of DPO.
+Reading order: `prepare` → `check_flags` → `take_sizes` → `check_memory` → `load_world` →
+`print_idle_flags`; and `check_ranking`, before each iteration of DPO.
 """
 import math
 import os

@@ -38,8 +38,8 @@ def print_progress(t, step, steps, found, weights, seconds_left, empirical):
         distance += f"  margin {row['margin']:.2f}" if row["margin"] is not None else ""
     else:
         distance = f"KL {row['kl']:.3f}  off-support {row['off_support']:5.1%}"
-    print(f"{f'iteration {t}' if t else 'SFT':<12} step {step:4d}/{steps}  {loss}  {distance}  "
-          f"{weights + ' weights':<16}  {seconds_left:.0f} s left", flush=True)
+    print(f"{f'iteration {t}' if t else 'SFT':<12} step {step:3d}/{steps}  {loss}  {distance}  "
+          f"{weights}, {seconds_left:.0f} s left", flush=True)
 
 
 def print_responses(prompts, responses):

@@ -347,7 +347,7 @@ def fit_gets_this_iterations_responses_and_the_methods_objective(m):
 
 GROW = "data.responses.grow"
 GREET = [70, 71, 72], [(1, 2, 3, 4, 9), (1, 3, 5, 9), (6, 9)]  # the picture at the top of the file
-COLUMNS = ("token", "depth", "end", "parent", "target", "row", "edge")
+COLUMNS = ("token", "depth", "end", "parent", "target", "response", "edge")
 
 
 def grown(m, prompt, responses):
@@ -357,7 +357,7 @@ def grown(m, prompt, responses):
         require(name in tree, f"the tree has no {name!r}")
         require(isinstance(tree[name], list) and all(type(x) is int for x in tree[name]),
                 f"tree[{name!r}] should be a list of whole numbers")
-    for names in (("token", "depth", "end"), ("parent", "target"), ("row", "edge")):
+    for names in (("token", "depth", "end"), ("parent", "target"), ("response", "edge")):
         require(len({len(tree[name]) for name in names}) == 1,
                 f"{', '.join(names)} should be equally long")
     for name, of in (("parent", "token"), ("edge", "target")):
@@ -437,11 +437,11 @@ def the_edges_of_a_row_spell_its_response(m):
             edges = [e for r, e in zip(tree["response"], tree["edge"]) if r == row]
             spelt = tuple(tree["target"][e] for e in edges)
             if spelt != y and len(spelt) < len(y) and y[len(y) - len(spelt):] == spelt:
-                raise Broken(f"row {row} lacks the edges that it shares with the response before: "
+                raise Broken(f"response {row} lacks the edges that it shares with the response before: "
                              f"{some(spelt)} instead of {some(y)}")
             if spelt == y[:-1]:
-                raise Broken(f"row {row} lacks its last edge, that to {y[-1]}: END is scored too")
-            require(spelt == y, f"the edges of row {row} spell {some(spelt)}, its response is "
+                raise Broken(f"response {row} lacks its last edge, that to {y[-1]}: END is scored too")
+            require(spelt == y, f"the edges of response {row} spell {some(spelt)}, and it is "
                     f"{some(y)}")
             found = read_by(tree)
             for k, e in enumerate(edges):
