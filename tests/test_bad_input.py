@@ -18,6 +18,7 @@ import processes
 from conftest import tiny_gpt
 from data.errors import InputError
 from data.responses import sft_responses
+from data.run.prepare import check_memory
 from data.tokenizer import load_encoding
 from data.world import World, read_world
 from processes import ROOT, SMALL, script, write_world
@@ -236,6 +237,12 @@ def test_sample_tells_a_response_that_was_cut_short_from_one_that_ends_in_dots(c
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3:-1] == ["     1.000   0.750   'Hm…'", "         0   0.250   'Hm' …"]
     assert lines[-1].split()[:3] == ["cut", "short", "0.250"]
+
+
+def test_memory_check_counts_the_vocabulary():
+    check_memory(Config(), n_vocab=600)
+    with pytest.raises(InputError, match="GiB to train, more than this machine has"):
+        check_memory(Config(), n_vocab=10**12)
 
 
 # ---- Numbers ------------------------------------------------------------------------------------

@@ -317,6 +317,15 @@ def test_table_lists_every_response_once_with_its_shares(history):
                 assert table.generated_N[row] == pytest.approx(right, abs=1e-12)
 
 
+def test_the_anchors_share_of_a_long_response_does_not_underflow():
+    """p_t(y) = e^−900 is 0 in every float; its logarithm is not."""
+    world = small_world()
+    table = self_play_responses(world, samples_for(world), None,
+                                lambda trees: np.full(trees.first_response[-1], -900.0))
+    batch = table.batch([0, 1, 2])
+    assert (batch.log_share_N[batch.real_N > 0] == -900).all()
+
+
 @pytest.mark.parametrize("prompts", [[0, 1, 2], [2], [1, 2], [2, 0]], ids=str)
 def test_a_batch_holds_the_rows_of_its_prompts(prompts):
     """Prompt q of the batch is prompt prompts[q] of the table, with the same rows and shares."""
