@@ -106,7 +106,7 @@ def test_top_level_holds_what_it_promises():
 
 
 def test_no_line_is_longer_than_a_hundred_columns():
-    long = [f"{name(path)}:{number} has {len(line)}" for path in PRODUCT
+    long = [f"{name(path)}:{number} has {len(line)}" for path in PRODUCT + TESTS
             for number, line in enumerate(path.read_text("utf-8").split("\n"), 1)
             if len(line) > 100]
     assert not long, "\n".join(long)

@@ -88,8 +88,8 @@ def table_of(world, responses) -> Table:
     return Table(
         pad(world.prompts), torch.tensor([len(x) for x in world.prompts]), pad(support),
         torch.tensor(responses.prompt_N), pad(lists), torch.tensor([len(y) for y in lists]),
-        float_of("data_N"), float_of("real_N"), float_of("log_share_N").exp(), torch.zeros(len(lists)),
-        float_of("opponent_N"), float_of("generated_N"))
+        float_of("data_N"), float_of("real_N"), float_of("log_share_N").exp(),
+        torch.zeros(len(lists)), float_of("opponent_N"), float_of("generated_N"))
 
 
 def pad(lists):

@@ -437,10 +437,11 @@ def the_edges_of_a_row_spell_its_response(m):
             edges = [e for r, e in zip(tree["response"], tree["edge"]) if r == row]
             spelt = tuple(tree["target"][e] for e in edges)
             if spelt != y and len(spelt) < len(y) and y[len(y) - len(spelt):] == spelt:
-                raise Broken(f"response {row} lacks the edges that it shares with the response before: "
+                raise Broken(f"response {row} lacks the edges that it shares with the one before: "
                              f"{some(spelt)} instead of {some(y)}")
             if spelt == y[:-1]:
-                raise Broken(f"response {row} lacks its last edge, that to {y[-1]}: END is scored too")
+                raise Broken(f"response {row} lacks its last edge, that to {y[-1]}: END is scored "
+                             f"too")
             require(spelt == y, f"the edges of response {row} spell {some(spelt)}, and it is "
                     f"{some(y)}")
             found = read_by(tree)

@@ -1,4 +1,4 @@
-"""Other worlds, to be used with `train.py --data`. `python tests/study/other_worlds.py` writes them.
+"""Other worlds for `train.py --data`; `python tests/study/other_worlds.py` writes them.
 
 out/town.jsonl, out/desk.jsonl      other families than the default world's; no default was tuned on
                                     them. Their words are not in the tokenizer's vocabulary, so that

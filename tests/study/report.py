@@ -28,11 +28,13 @@ def values(paths, key, split, t) -> list[float]:
     return [some[t][key] for some in rows if len(some) > t]
 
 
-def spread(numbers, form=".3f") -> str:
-    """Mean and range: 0.040 (0.039–0.043)."""
+def spread(numbers, form=".3f", runs=None) -> str:
+    """Mean and range: 0.040 (0.039–0.043); and how many of `runs` came so far, if not all did."""
     if not numbers:
         return "stopped"
-    return f"{statistics.mean(numbers):{form}} ({min(numbers):{form}}–{max(numbers):{form}})"
+    found = f"{statistics.mean(numbers):{form}} ({min(numbers):{form}}–{max(numbers):{form}})"
+    lost = runs is not None and len(numbers) < runs
+    return found + (f", {len(numbers)} of {runs} seeds" if lost else "")
 
 
 def command(settings) -> str:
@@ -75,7 +77,8 @@ def methods_table(found, data) -> str:
                                            for key, split, form in columns)]]
     for method, (paths, settings, stop) in some.items():
         rows.append([method, command(settings | {"iters": stop}), *(
-            spread(values(paths, key, split, stop), form) for key, split, form in columns)])
+            spread(values(paths, key, split, stop), form, len(paths))
+            for key, split, form in columns)])
     return table(["method", "command", "KL, train", "KL, held out", "off-support, train",
                   "off-support, held out"], rows)
 
@@ -86,7 +89,7 @@ def runs_table(found) -> str:
     for paths, change, mistake in found:
         name = MISTAKES[mistake][1] if mistake else command(change)
         last = max(len(rows_of(path)) for path in paths)
-        after = [spread(values(paths, "kl", "train", t)) for t in range(1, last)]
+        after = [spread(values(paths, "kl", "train", t), runs=len(paths)) for t in range(1, last)]
         full = json.loads((paths[0] / "config.json").read_text(encoding="utf-8"))["iters"]
         stopped = ["stopped"] * (full + 1 - last)
         rows.append([name, *after, *stopped,
@@ -138,23 +141,28 @@ def draw_methods(found, path):
 
 # --- the page ------------------------------------------------------------------------------------
 
-METHODS = """Mean and range over seeds that were not used for tuning ({}), each method stopped after the
-iteration that tuning chose. KL in nats. "no anchor": `--anchor none`; else the mass anchor. SFT has no
-opponent, hence no anchor. The commands give these runs with seed 0."""
-TUNING = """KL(p_data‖p_θ) in nats on held-out prompts, in the mean over seeds that nothing else uses ({}),
-and after which iteration it is least. Bold is chosen: the same rule for every method. The range of
+METHODS = """
+Mean and range over seeds that were not used for tuning ({}), each method stopped after the
+iteration that tuning chose. KL in nats. "no anchor": `--anchor none`; else the mass anchor. SFT
+has no opponent, hence no anchor. The commands give these runs with seed 0."""
+TUNING = """
+KL(p_data‖p_θ) in nats on held-out prompts, in the mean over seeds that nothing else uses ({}), and
+after which iteration it is least. Bold is chosen: the same rule for every method. The range of
 values was widened until the best lies inside, or at a limit (rates from 6e-5 to 0.065, λ and μ from
-0.03 to 200): a method whose best is the lowest rate does best by hardly moving. The SFT models, where
-all of them start, are at {}."""
-SWITCHES = """Mean and range over seeds {}. Two are not expected to converge: the correlation loss 1 − u
-has no minimum, and below λ = ½ exact self-play overshoots further at every iteration (Theorem 5.4)."""
-MISTAKES_TEXT = """The default settings with one mistake each (`tests/study/mistakes.py`), seeds {}. Rows on
-sampling and on the wrong opponent are to be compared with the row of counts: knowing p_t(y) for the
+0.03 to 200): a method whose best is the lowest rate does best by hardly moving. The SFT models,
+where all of them start, are at {}."""
+SWITCHES = """
+Mean and range over seeds {}; "2 of 3 seeds" where a run stopped, its gradient no longer finite. Two
+are not expected to converge: the correlation loss 1 − u has no minimum, and below λ = ½ exact
+self-play overshoots further at every iteration (Theorem 5.4)."""
+MISTAKES_TEXT = """
+The default settings with one mistake each (`tests/study/mistakes.py`), seeds {}. Rows on sampling
+and on the wrong opponent are to be compared with the row of counts: knowing p_t(y) for the
 responses of the SFT set, as the tutorial does, would hide these mistakes."""
 
 
 def section(title, text) -> str:
-    return f"## {title}\n\n{textwrap.fill(text, 98)}\n\n"
+    return f"## {title}\n\n{textwrap.fill(text.strip(), 98)}\n\n"
 
 
 def write(args, found, seconds):
@@ -165,8 +173,9 @@ def write(args, found, seconds):
     flags = ("" if args.whole else f" --parts {args.parts}") + (" --quick" if args.quick else "")
     text = "# A fair comparison: the tables\n\n" + textwrap.fill(
         f"[README.md](README.md) says what is compared, and what was found. Written by `python "
-        f"tests/study/study.py{flags}` from its runs' metrics. Machine: {machine()}, {os.cpu_count()} "
-        f"cores, torch {torch.__version__}; {len(done)} runs, {cpu:.0f} minutes of processor time.",
+        f"tests/study/study.py{flags}` from its runs' metrics. Machine: {machine()}, "
+        f"{os.cpu_count()} cores, torch {torch.__version__}; {len(done)} runs, {cpu:.0f} minutes "
+        f"of processor time.",
         98) + "\n\n"
     if "methods" in found:
         draw_methods(found["methods"], args.figure)

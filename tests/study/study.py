@@ -1,6 +1,6 @@
 """Which method comes nearer to p_data, what does each switch do, and each published mistake?
 
-    python tests/study/study.py             all of it; an hour on two idle cores
+    python tests/study/study.py             all of it; about 80 minutes on two cores
     python tests/study/study.py --parts mistakes
     python tests/study/study.py --quick     a small world and few steps: does everything run?
 
@@ -11,8 +11,8 @@ where it was. Runs of one seed and one SFT set share their SFT model.
 
 tune      For every method, with the mass anchor and without, with much data and with little: the
           rate, then λ or μ where the loss has one, then the iteration to stop after. A range of
-          values is widened until the best one lies inside. Best is the least KL on held-out prompts
-          in the mean over three seeds, which are used for nothing else.
+          values is widened until the best one lies inside, or at a limit. Best is the least KL on
+          held-out prompts in the mean over three seeds, which are used for nothing else.
 methods   Each method as it was tuned, over five other seeds.
 switches  One change of the default settings each, over three seeds.
 mistakes  One mistake of published code each (mistakes.py), over three seeds.
