@@ -356,7 +356,7 @@ def self_play_responses(world, samples, older, opponent_logps) -> Responses:
         {*data, *own, *old} for data, own, old in zip(world.data, samples, older_counts)])
     prompt_N, real_N = prompt_of_each(trees), shares_of(world.real, trees)
     opponent_N = opponent_logps(trees)
-    sampled_N, n = shares_of(samples, trees), sum(samples[0].values())
+    sampled_N, n = shares_of(samples, trees), max(sum(some.values()) for some in samples)
     generated_N = known_shares(prompt_N, real_N, sampled_N, opponent_N, n)
     if older:
         generated_N = (generated_N + shares_of(older, trees)) / 2

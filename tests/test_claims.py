@@ -9,7 +9,6 @@ def test_claims_run_once_and_write_their_page(tmp_path, monkeypatch):
     run = {"SPIN": {}, "five": ({"lam": 0.1}, "lam_5_at_last")}
     monkeypatch.setattr(claims, "CLAIMS", [
         claims.Claim("A claim", run, [[("SPIN", 0), ("five", 9)], [("SPIN", 0)] * 2], "Thus.")])
-    monkeypatch.chdir(tmp_path)
     args = argparse.Namespace(quick=True, out=str(tmp_path), workers=2)
     claims.main(args)
     page = (tmp_path / "CLAIMS.md").read_text(encoding="utf-8")

@@ -101,6 +101,17 @@ def test_every_other_command_has_its_script_and_its_flags(page, command):
             f"{page}: {command}: {script.name} has no {flag}")
 
 
+def test_the_students_sheet_asks_what_the_answers_answer():
+    """EXPERIMENTS.md is ANSWERS.md without the answers: its questions, and no other command."""
+    sheet, answers = (f"tests/classroom/{name}.md" for name in ("EXPERIMENTS", "ANSWERS"))
+    questions = [re.findall(r"^## .*", TEXT[page], re.M) for page in (sheet, answers)]
+    assert questions[0] == questions[1] and len(questions[0]) == 8
+    words = lambda page: " ".join(TEXT[page].split())  # a command may be wrapped
+    missing = [command for command in commands(sheet)
+               if " --out " in command and command not in words(answers)]
+    assert not missing, missing
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_every_link_leads_somewhere(page):
     """Links to files, from the page's own folder; those to the web are not followed."""

@@ -317,6 +317,16 @@ def test_table_lists_every_response_once_with_its_shares(history):
                 assert table.generated_N[row] == pytest.approx(right, abs=1e-12)
 
 
+def test_a_prompt_without_samples_leaves_the_others_as_they_are():
+    """The benchmark beside TRL has such prompts, and the first one may be among them."""
+    world, samples = small_world(), samples_for(small_world())
+    logps = lambda trees: np.array([-float(len(y)) for some in trees.responses for y in some])
+    whole, part = (self_play_responses(world, some, None, logps)
+                   for some in (samples, [Counter(), *samples[1:]]))
+    rest = [table.generated_N[table.prompt_N > 0] for table in (whole, part)]
+    assert rest[0].tolist() == rest[1].tolist() and np.isfinite(part.generated_N).all()
+
+
 def test_the_anchors_share_of_a_long_response_does_not_underflow():
     """p_t(y) = e^−900 is 0 in every float; its logarithm is not."""
     world = small_world()

@@ -3,6 +3,7 @@ mistake is the one that it says. The oracle of log-probs is `logp_by_hand`, one 
 """
 import argparse
 import copy
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,17 @@ def test_a_run_of_the_study_equals_the_command_that_it_prints(tmp_path):
     a, b = (load_policy(Path(out) / "iteration_2.pt")[0].state_dict()
             for out in (study.folder(tmp_path, settings), tmp_path / "plain"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_table_says_how_many_runs_came_to_the_end(tmp_path):
+    for name, kls in (("whole", (0.5, 0.2)), ("stopped", (0.7,))):
+        (tmp_path / name).mkdir()
+        rows = [{"event": "iteration", "split": "train", "kl": kl} for kl in kls]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)),
+                                                       encoding="utf-8")
+    paths = [tmp_path / "whole", tmp_path / "stopped"]
+    cells = [report.cell(paths, "kl", "train", t) for t in range(3)]
+    assert cells == ["0.600 (0.500–0.700)", "0.200 (0.200–0.200), 1 of 2 seeds", "stopped"]
 
 
 # --- the mistakes --------------------------------------------------------------------------------

@@ -48,11 +48,10 @@ def place(row, rows) -> float:
 def draw_kl(ax, rows, empirical):
     """(a) KL at each iteration, measured and predicted; or the negative log-likelihood."""
     key = "nll" if empirical else "kl"
-    highest = max(row[key] for row in pick(rows, "iteration")[-1:]
-                  + pick(rows, "iteration", "heldout")[-1:])
-    for split, colour, mark, label in (("train", BLUE, "o-", "train prompts"),
-                                       ("heldout", ORANGE, "s--", "held-out prompts")):
-        some = pick(rows, "iteration", split)
+    train, heldout = pick(rows, "iteration"), pick(rows, "iteration", "heldout")
+    highest = max(row[key] for row in train[-1:] + heldout[-1:])
+    for some, colour, mark, label in ((train, BLUE, "o-", "train prompts"),
+                                      (heldout, ORANGE, "s--", "held-out prompts")):
         if some:
             ax.plot([r["iteration"] for r in some], [r[key] for r in some], mark, color=colour,
                     label=label)
@@ -61,11 +60,11 @@ def draw_kl(ax, rows, empirical):
                         xytext=(7, 0), textcoords="offset points",
                         va="bottom" if last[key] == highest else "top",
                         fontsize=matplotlib.rcParams["font.size"] - 2)
-    some = [r for r in pick(rows, "iteration") if r["predicted_kl"]]
+    some = [r for r in train if r["predicted_kl"]]
     if some:
         ax.plot([r["iteration"] for r in some], [r["predicted_kl"] for r in some], "^:",
                 color=GREEN, label="Theorem 5.4 predicts")
-    first, last = pick(rows, "iteration")[0][key], pick(rows, "iteration")[-1][key]
+    first, last = train[0][key], train[-1][key]
     name = "−log p of a real response" if empirical else "KL(p_data‖p_θ)"
     ax.set(xlabel="iteration (0 is SFT)", ylabel=f"{name}, nats",
            title=f"(a) {'NLL' if empirical else 'KL'}, train: {first:.3g} → {last:.3g}")

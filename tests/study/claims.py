@@ -241,10 +241,11 @@ which each method has settings of its own is in [README.md](README.md).
 
 def main(args):
     args.base, args.seeds, page = {}, SEEDS, ROOT / "tests" / "study" / "CLAIMS.md"
-    other_worlds.write(Path("out"))
     if args.quick:
         args.base, args.seeds = study.QUICK | {"data": study.small_world(args.out)}, (0,)
         page = Path(args.out) / "CLAIMS.md"
+    else:
+        other_worlds.write(Path("out"))  # PROMPTS needs two of them
     study.MISTAKES = study.MISTAKES | CHANGES  # study.work looks there for what a job changes
     jobs = [job(args, run, seed) for claim in CLAIMS for run in claim.runs.values()
             for seed in args.seeds]

@@ -1,6 +1,6 @@
 """What study.py found, from the runs' metrics.jsonl alone: a page and a figure.
 
-Reading order: `rows_of`, `spread` → a table for each part → `draw_methods` → `write`.
+Reading order: `rows_of`, `spread`, `cell` → a table for each part → `draw_methods` → `write`.
 """
 import json
 import os
@@ -28,13 +28,18 @@ def values(paths, key, split, t) -> list[float]:
     return [some[t][key] for some in rows if len(some) > t]
 
 
-def spread(numbers, form=".3f", runs=None) -> str:
-    """Mean and range: 0.040 (0.039–0.043); and how many of `runs` came so far, if not all did."""
+def spread(numbers, form=".3f") -> str:
+    """Mean and range: 0.040 (0.039–0.043)."""
+    return f"{statistics.mean(numbers):{form}} ({min(numbers):{form}}–{max(numbers):{form}})"
+
+
+def cell(paths, key, split, t, form=".3f") -> str:
+    """The spread of one figure after iteration t; it says so if not every run came so far."""
+    numbers = values(paths, key, split, t)
     if not numbers:
         return "stopped"
-    found = f"{statistics.mean(numbers):{form}} ({min(numbers):{form}}–{max(numbers):{form}})"
-    lost = runs is not None and len(numbers) < runs
-    return found + (f", {len(numbers)} of {runs} seeds" if lost else "")
+    lost = len(numbers) < len(paths)
+    return spread(numbers, form) + (f", {len(numbers)} of {len(paths)} seeds" if lost else "")
 
 
 def command(settings) -> str:
@@ -73,12 +78,11 @@ def methods_table(found, data) -> str:
     columns = [("kl", "train", ".3f"), ("kl", "heldout", ".3f"), ("off_support", "train", ".1%"),
                ("off_support", "heldout", ".1%")]
     paths = some["SPIN"][0]
-    rows = [["SFT, where all start", "", *(spread(values(paths, key, split, 0), form)
+    rows = [["SFT, where all start", "", *(cell(paths, key, split, 0, form)
                                            for key, split, form in columns)]]
     for method, (paths, settings, stop) in some.items():
         rows.append([method, command(settings | {"iters": stop}), *(
-            spread(values(paths, key, split, stop), form, len(paths))
-            for key, split, form in columns)])
+            cell(paths, key, split, stop, form) for key, split, form in columns)])
     return table(["method", "command", "KL, train", "KL, held out", "off-support, train",
                   "off-support, held out"], rows)
 
@@ -88,13 +92,10 @@ def runs_table(found) -> str:
     rows = []
     for paths, change, mistake in found:
         name = MISTAKES[mistake][1] if mistake else command(change)
-        last = max(len(rows_of(path)) for path in paths)
-        after = [spread(values(paths, "kl", "train", t), runs=len(paths)) for t in range(1, last)]
         full = json.loads((paths[0] / "config.json").read_text(encoding="utf-8"))["iters"]
-        stopped = ["stopped"] * (full + 1 - last)
-        rows.append([name, *after, *stopped,
-                     spread(values(paths, "kl", "heldout", full)),
-                     spread(values(paths, "off_support", "train", full), ".1%")])
+        rows.append([name, *(cell(paths, "kl", "train", t) for t in range(1, full + 1)),
+                     cell(paths, "kl", "heldout", full),
+                     cell(paths, "off_support", "train", full, ".1%")])
     head = ["", *(f"KL, train, {t}" for t in range(1, full + 1)), "KL, held out, end",
             "off-support, train, end"]
     return table(head, rows)

@@ -152,7 +152,7 @@ def kls(out, settings) -> list[float]:
     return found + [float("inf")] * (last - len(found))
 
 
-def start(args, settings) -> float:
+def kl_at_start(args, settings) -> float:
     """KL on held-out prompts of the SFT model, where every method starts, in the same mean."""
     paths = [folder(args.out, start_of(settings | {"seed": seed})) for seed in args.seeds["tune"]]
     return statistics.mean(report.values(paths, "kl", "heldout", 0))
@@ -235,7 +235,7 @@ def main(args):
         base, args.seeds = QUICK | {"data": small_world(args.out)}, QUICK_SEEDS
     if "tune" in parts or "methods" in parts:
         found["rates"], found["seconds"], found["chosen"] = tune(args, base)
-        found["starts"] = {data: start(args, base | some) for data, some in DATA.items()}
+        found["starts"] = {data: kl_at_start(args, base | some) for data, some in DATA.items()}
     if "methods" in parts:
         jobs = [(args.out, settings | {"seed": seed}, None) for seed in args.seeds["methods"]
                 for settings, _ in found["chosen"].values()]
