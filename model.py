@@ -3,14 +3,13 @@
     h = wte[token] + wpe[position];  for each block: h += attn(ln_1(h)); h += mlp(ln_2(h))
     logits = ln_f(h) @ wteᵀ          (the head is the token embedding itself: "tied")
 
-Reading order: `GPTConfig` → `KVCache` → `causal_mask` → `Attention` → `MLP` → `Block` → `GPT`.
+Reading order: `GPTConfig` → `causal_mask` → `KVCache` → `Attention` → `MLP` → `Block` → `GPT`.
 
-Dimensions: B batch, T new tokens in this call, C tokens in the cache after them, D width, H heads,
-K = D/H head size, V vocabulary; N sequences, or nodes of a tree, that are picked out of others. A
-suffix tells a tensor's shape: logits_BTV.
+Dimensions: B batch, T tokens read in this call, C tokens that can be seen (those in the cache, then
+the T new ones), D width, H heads, K = D/H head size, V vocabulary; N rows picked out of B. A suffix
+tells a tensor's shape: logits_BTV.
 """
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,68 +27,6 @@ class GPTConfig:
     n_embd: int
 
 
-class KVCache:
-    """Where each token stands, which tokens it may see, and the keys and values read so far.
-
-    A model that is given the same cache again goes on reading where it stopped, so each token is
-    read once. Rows may differ in length: token −1 is padding, which no token sees.
-    """
-    def __init__(self):
-        self.layers = {}  # layer: (k_BHCK, v_BHCK)
-        self.position_BC = None  # where each key stands
-        self.length_B1 = 0  # how many tokens each row holds, padding not counted
-        self.width = 0  # columns so far: no row is longer
-        self.visible_BTC = None  # which keys the tokens read now may see
-
-    def place(self, tokens_BT, block_size):
-        """Append new tokens; return position_BT and note which keys they may see.
-
-        Raises ValueError where a row would grow beyond block_size positions.
-        """
-        is_text_BT = tokens_BT >= 0
-        position_BT = self.length_B1 + is_text_BT.cumsum(dim=1) - 1
-        self.width += tokens_BT.shape[1]
-        # The width counts padding too, so no row is longer. Only where it exceeds the block are the
-        # real lengths looked at, for which a GPU has to be waited for.
-        if self.width > block_size and int(position_BT.max()) >= block_size:
-            raise ValueError(f"{int(position_BT.max()) + 1} tokens do not fit the model's "
-                             f"block_size of {block_size}")
-        self.length_B1 = self.length_B1 + is_text_BT.sum(dim=1, keepdim=True)
-        # Padding as a key stands further right than any token can, where no token sees it.
-        key_BT = position_BT.masked_fill(~is_text_BT, block_size)
-        self.position_BC = key_BT if self.position_BC is None else torch.cat(
-            [self.position_BC, key_BT], dim=1)
-        self.visible_BTC = causal_mask(key_BT, self.position_BC)
-        return position_BT.clamp(min=0)
-
-    def in_rows(self, x_BTD):
-        """A hook for data/responses.py, whose trees are flat lists of nodes; a text is returned
-        unchanged."""
-        return x_BTD
-
-    def as_given(self, y_BTD):
-        """Undo `in_rows`."""
-        return y_BTD
-
-    def extend(self, layer: int, k_BHTK, v_BHTK):
-        """Append one layer's new keys and values; return all of them, [B, H, C, K] each."""
-        if layer in self.layers:
-            old_k_BHCK, old_v_BHCK = self.layers[layer]
-            k_BHTK = torch.cat([old_k_BHCK, k_BHTK], dim=2)
-            v_BHTK = torch.cat([old_v_BHCK, v_BHTK], dim=2)
-        self.layers[layer] = k_BHTK, v_BHTK
-        return k_BHTK, v_BHTK
-
-    def rows(self, index_N) -> "KVCache":
-        """A new cache whose row n is row index_N[n] of this one: repeat, reorder or drop rows."""
-        new = KVCache()
-        new.layers = {layer: (k_BHCK[index_N], v_BHCK[index_N])
-                      for layer, (k_BHCK, v_BHCK) in self.layers.items()}
-        new.position_BC, new.length_B1 = self.position_BC[index_N], self.length_B1[index_N]
-        new.width = self.width
-        return new
-
-
 def causal_mask(query_BT, key_BC):
     """visible_BTC: True where a query may see a key. Both come as positions in the sequence.
 
@@ -100,27 +37,48 @@ def causal_mask(query_BT, key_BC):
     return key_BC[:, None, :] <= query_BT[:, :, None]  # its own position and those before
 
 
+class KVCache:
+    """The keys and values of all tokens read so far, so that each token is read once."""
+    def __init__(self):
+        self.layers = {}  # layer: (k_BHCK, v_BHCK)
+
+    def __len__(self):
+        """How many tokens each row holds."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, k_BHTK, v_BHTK):
+        """Append one layer's new keys and values; return all of them, [B, H, C, K] each."""
+        if layer in self.layers:
+            old_k_BHCK, old_v_BHCK = self.layers[layer]
+            k_BHTK = torch.cat([old_k_BHCK, k_BHTK], dim=2)
+            v_BHTK = torch.cat([old_v_BHCK, v_BHTK], dim=2)
+        self.layers[layer] = k_BHTK, v_BHTK
+        return k_BHTK, v_BHTK
+
+    def keep(self, row_N):
+        """Let row n be what row row_N[n] was: repeat, reorder or drop rows."""
+        self.layers = {layer: (k_BHCK[row_N], v_BHCK[row_N])
+                       for layer, (k_BHCK, v_BHCK) in self.layers.items()}
+
+
 class Attention(nn.Module):
-    """Each token gathers values from the tokens at or before it, weighted by softmax(q·k/√K)."""
+    """Each token gathers values from the tokens that it may see: softmax(q kᵀ / √K) v."""
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x_BTD, cache: KVCache, layer: int):
-        """Returns y_BTD. Each token sees what cache.visible_BTC says; the cache grows by T."""
-        # A tree's nodes come as a flat list; attention alone needs them in rows. E = 3D.
-        qkv_BTE = cache.in_rows(self.c_attn(x_BTD))
-        B, T, D = *qkv_BTE.shape[:2], x_BTD.shape[-1]
-        K = D // self.n_head
-        q_BHTK, k_BHTK, v_BHTK = (part_BTD.view(B, T, self.n_head, K).transpose(1, 2)
-                                  for part_BTD in qkv_BTE.split(D, dim=2))
-        k_BHCK, v_BHCK = cache.extend(layer, k_BHTK, v_BHTK)
-        score_BHTC = (q_BHTK / math.sqrt(K)) @ k_BHCK.transpose(2, 3)
-        score_BHTC = score_BHTC.masked_fill(~cache.visible_BTC[:, None], float("-inf"))
-        y_BHTK = score_BHTC.softmax(dim=3) @ v_BHCK
-        return self.c_proj(cache.as_given(y_BHTK.transpose(1, 2).reshape(B, T, D)))
+    def forward(self, x_BTD, visible_BTC, cache: KVCache | None = None, layer: int = 0):
+        """Returns y_BTD. What visible_BTC hides gets the score −∞, hence the weight 0."""
+        B, T, D = x_BTD.shape
+        q_BHTK, k_BHTK, v_BHTK = (
+            part_BTD.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
+            for part_BTD in self.c_attn(x_BTD).split(D, dim=2))
+        k_BHCK, v_BHCK = (k_BHTK, v_BHTK) if cache is None else cache.extend(layer, k_BHTK, v_BHTK)
+        # softmax(q kᵀ/√K) v without a table of all the scores; it is the same for every head.
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHCK, v_BHCK, visible_BTC[:, None])
+        return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
@@ -143,11 +101,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD, cache, layer, wanted_N=None):
-        """Returns x_BTD. With wanted_N: only those nodes of a tree; the MLP skips the others."""
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cache, layer)
-        if wanted_N is not None:
-            x_BTD = x_BTD.index_select(0, wanted_N)
+    def forward(self, x_BTD, visible_BTC, cache=None, layer=0):
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), visible_BTC, cache, layer)
         return x_BTD + self.mlp(self.ln_2(x_BTD))
 
 
@@ -160,7 +115,6 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.block_dtype = torch.float32  # bfloat16: the blocks' matrix products, for a GPU
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -175,25 +129,28 @@ class GPT(nn.Module):
         """The output matrix [V, D]: logits = hidden @ head_weightᵀ. Tied to the embedding."""
         return self.wte.weight
 
-    def hidden(self, tokens_BT, cache: KVCache | None = None, wanted_N=None):
-        """Read tokens_BT, after those in the cache if one is given; hidden states after ln_f.
+    def hidden(self, tokens_BT, position_BT=None, visible_BTC=None, cache: KVCache | None = None):
+        """Read tokens_BT, after those in the cache if one is given; returns hidden_BTD after ln_f.
 
-        Returns hidden_BTD and adds the tokens to the cache. Token −1 is padding, which no token
-        sees; without a cache, padding on the right may be any token: no token before sees it.
-        wanted_N, for prefix trees, names the nodes whose hidden states are wanted. Raises
-        ValueError beyond block_size positions.
+        Without position_BT and visible_BTC, a row is one text: its tokens stand one after another,
+        and each sees itself and those before it. So padding may be any token, if it stands on the
+        right. Raises ValueError if the tokens do not fit block_size; position_BT, if it is given,
+        must be below block_size.
         """
-        cache = KVCache() if cache is None else cache
-        position_BT = cache.place(tokens_BT, self.config.block_size)
-        x_BTD = self.wte(tokens_BT.clamp(min=0)) + self.wpe(position_BT)
-        # Weights, residual stream and head stay float32; autocast is for the blocks' products.
-        mixed = self.block_dtype != torch.float32
-        with torch.autocast(x_BTD.device.type, self.block_dtype) if mixed else nullcontext():
-            for layer, block in enumerate(self.h):
-                is_last = layer + 1 == len(self.h)
-                x_BTD = block(x_BTD, cache, layer, wanted_N if is_last else None)
+        T, past = tokens_BT.shape[1], 0 if cache is None else len(cache)
+        key_1C = torch.arange(past + T, device=tokens_BT.device)[None]
+        if position_BT is None:
+            if past + T > self.config.block_size:
+                raise ValueError(f"{past + T} tokens do not fit the model's block_size of "
+                                 f"{self.config.block_size}")
+            position_BT = key_1C[:, past:]
+        if visible_BTC is None:
+            visible_BTC = causal_mask(key_1C[:, past:], key_1C)
+        x_BTD = self.wte(tokens_BT) + self.wpe(position_BT)
+        for layer, block in enumerate(self.h):
+            x_BTD = block(x_BTD, visible_BTC, cache, layer)
         return self.ln_f(x_BTD)
 
     def forward(self, tokens_BT, cache: KVCache | None = None):
         """logits_BTV, for the token after each of tokens_BT."""
-        return self.hidden(tokens_BT, cache) @ self.head_weight.T
+        return self.hidden(tokens_BT, cache=cache) @ self.head_weight.T

@@ -2,47 +2,42 @@
 
     y_k ~ softmax(logits / temperature),  logits from (x, y_<k),  until END
 
-Self-play needs exactly this at temperature 1 with nothing cut off: only then is a response
-a sample of p_t, which every theorem of the paper supposes.
+Self-play needs exactly this at temperature 1 with nothing cut off: only then is a response a sample
+of p_t, which every theorem of the paper supposes.
 
-Reading order: `next_tokens` → `generate` → `main`, which asks every policy that a run has saved.
-Dimensions: B responses in the making, T tokens read in one call, V vocabulary; in the cache C
-tokens, H heads of size K, R places in reserve; N sequences that are picked out of others.
+Reading order: `next_tokens` → `generate` → `expectation` → `main`, which asks every policy that a
+run has saved.
+Dimensions: B responses in the making, P distinct prompts of at most T tokens, C tokens in the cache,
+D width, V vocabulary; N samples of one prompt.
 """
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from data.errors import InputError
-from data.run.checkpoint import load_policy
+from data import InputError
+from data.run.console import short
+from data.run.files import load_policy
 from data.run.options import check_limits, command, option, parse_args
-from data.run.report import short
 from data.tokenizer import END, frame
 from model import GPT, KVCache
+from spin_loss import sequence_logps
 
 
 def next_tokens(logits_BV, temperature=1.0, top_k=None, generator=None):
-    """Draw one token a row by inverting the cumulative distribution; temperature 0 is greedy."""
+    """Draw one token a row, [B]; temperature 0 is greedy, top_k keeps the k likeliest alone."""
     if temperature == 0:
         return logits_BV.argmax(dim=1)
     if top_k is not None:
         least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
     # Subtract the maximum first: dividing by a tiny temperature then cannot give ∞ − ∞.
-    logits_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)).float()
+    logits_BV = logits_BV - logits_BV.amax(dim=1, keepdim=True)
     p_BV = (logits_BV / max(temperature, 1e-30)).softmax(dim=1)
-    if p_BV.device.type != "cpu":
-        return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
-    # On a CPU this is ten times as fast as torch.multinomial. A GPU's parallel cumsum need not be
-    # monotone, and might give some room to a token of probability 0: hence multinomial there.
-    cdf_BV = p_BV.cumsum(dim=1)
-    # Subtle: the float32 cumsum may end slightly off 1. Scale u by its last entry, and keep it
-    # strictly below.
-    u_B1 = cdf_BV[:, -1:] * torch.rand(len(cdf_BV), 1, generator=generator, device=cdf_BV.device)
-    u_B1 = torch.minimum(u_B1, cdf_BV[:, -1:].nextafter(torch.zeros_like(u_B1)))
-    return torch.searchsorted(cdf_BV, u_B1, right=True)[:, 0]  # first token with cdf > u
+    return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
@@ -61,63 +56,41 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
         raise ValueError(f"a prompt needs 1 to {block_size} tokens (the block_size)")
     if not 0 <= temperature < float("inf") or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature {temperature} must be ≥ 0 and top_k {top_k} ≥ 1 or None")
-    if not prompts:
-        return []
-    cache = read_prompts(model, prompts, RoomyCache() if max_new_tokens > 64 else KVCache())
-    last_B = torch.tensor([p[-1] for p in prompts], device=device)
-    # The last token drawn is never read, hence + 1.
-    room_B = torch.tensor([block_size - len(p) + 1 for p in prompts], device=device)
-    unfinished_B = torch.arange(len(prompts), device=device)  # which rows are still in the batch
-    max_new_tokens = min(max_new_tokens, int(room_B.max()))
-    responses = torch.full((len(prompts), max_new_tokens), -1, device=device)
-    for k in range(max_new_tokens):
-        logits_BV = model(last_B[:, None], cache)[:, -1]
-        last_B = next_tokens(logits_BV, temperature, top_k, generator)
-        responses[unfinished_B, k] = last_B
-        going = ((last_B != end_token) & (k + 1 < room_B)).nonzero()[:, 0]
-        if not len(going):
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+
+    # Read the distinct prompts, padded on the right, then give each response a row of its own.
+    distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    tokens_PT = pad_sequence([torch.tensor(p) for p in distinct], batch_first=True).to(device)
+    length_P = torch.tensor([len(p) for p in distinct], device=device)
+    row_B = torch.tensor([distinct[tuple(p)] for p in prompts], device=device)
+    cache = KVCache()
+    hidden_PTD = model.hidden(tokens_PT, cache=cache)
+    last_PD = hidden_PTD[torch.arange(len(distinct), device=device), length_P - 1]
+    cache.keep(row_B)
+    logits_BV = (last_PD @ model.head_weight.T)[row_B]
+
+    position_B = length_P[row_B]  # of the token that is drawn next
+    visible_BC = torch.arange(tokens_PT.shape[1], device=device) < position_B[:, None]  # no padding
+    unfinished_B = torch.arange(len(prompts), device=device)  # whose rows are still in the batch
+    most = min(max_new_tokens, block_size + 1 - min(map(len, distinct)))
+    responses = torch.full((len(prompts), most), -1, device=device)
+    for k in range(most):
+        token_B = next_tokens(logits_BV, temperature, top_k, generator)
+        responses[unfinished_B, k] = token_B
+        going = ((token_B != end_token) & (position_B < block_size)).nonzero()[:, 0]
+        if not len(going) or k + 1 == most:
             break
         if len(going) < len(unfinished_B):
-            cache = cache.rows(going)
-            unfinished_B, last_B, room_B = unfinished_B[going], last_B[going], room_B[going]
+            cache.keep(going)
+            unfinished_B, token_B = unfinished_B[going], token_B[going]
+            position_B, visible_BC = position_B[going], visible_BC[going]
+        visible_BC = torch.cat([visible_BC, torch.ones_like(visible_BC[:, :1])], dim=1)
+        hidden_B1D = model.hidden(token_B[:, None], position_B[:, None], visible_BC[:, None], cache)
+        logits_BV = hidden_B1D[:, 0] @ model.head_weight.T
+        position_B = position_B + 1
     length_B = (responses >= 0).sum(dim=1).tolist()
     return [row[:n] for row, n in zip(responses.tolist(), length_B)]
-
-
-class RoomyCache(KVCache):
-    """A KVCache with room for tokens to come: a new one seldom copies those before it.
-
-    That pays for long responses: twice as fast for 1024 tokens (data/GPT2.md).
-    """
-    def extend(self, layer, k_BHTK, v_BHTK, room=16):
-        if layer not in self.layers:
-            return super().extend(layer, k_BHTK, v_BHTK)
-        held, first = self.layers[layer], self.width - k_BHTK.shape[2]
-        if held[0].shape[2] < self.width:
-            B, H, T, K = k_BHTK.shape
-            empty_BHRK = k_BHTK.new_empty(B, H, room + T, K)
-            held = [torch.cat([x[:, :, :first], empty_BHRK], dim=2) for x in held]
-            self.layers[layer] = held
-        for x, new in zip(held, (k_BHTK, v_BHTK)):
-            x[:, :, first:self.width] = new
-        return [x[:, :, :self.width] for x in held]
-
-    def rows(self, index_N):
-        new = RoomyCache()
-        vars(new).update(vars(super().rows(index_N)))
-        return new
-
-
-def read_prompts(model, prompts, cache) -> KVCache:
-    """Give back a cache that has read all but the last token of each prompt, equal prompts once.
-
-    The last token is the first that `generate` feeds to the model.
-    """
-    distinct = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    longest, device = max(map(len, distinct)), model.head_weight.device
-    padded = [[*p[:-1], *[-1] * (longest - len(p))] for p in distinct]
-    model.hidden(torch.tensor(padded, dtype=torch.long, device=device), cache)
-    return cache.rows(torch.tensor([distinct[tuple(p)] for p in prompts], device=device))
 
 
 def rows_that_fit(model, tokens) -> int:
@@ -126,6 +99,32 @@ def rows_that_fit(model, tokens) -> int:
     numbers = 1 << (26 if model.head_weight.device.type == "cpu" else 29)
     a_row = 2 * model.config.n_layer * model.config.n_embd * tokens
     return max(1, min(4096, numbers // a_row))
+
+
+def samples_of(model, prompt, n, *, generator, **how) -> list[list[int]]:
+    """n responses to one prompt, some at a time; `how` is what `generate` needs."""
+    chunk = rows_that_fit(model, len(prompt) + how["max_new_tokens"])
+    return [y for first in range(0, n, chunk) for y in
+            generate(model, [prompt] * min(chunk, n - first), generator=generator, **how)]
+
+
+@torch.no_grad()
+def expectation(f, model, prompt, samples) -> tuple[float, float]:
+    """E_{y~p_θ(·|x)} f(y), estimated from samples of p_θ, with the estimate's standard error.
+
+    This is how to get what is no sum over known responses. f(y, log p_θ(y|x)) is a number; the
+    entropy of p_θ is the expectation of −log p_θ(y|x), in nats:
+
+        expectation(lambda y, logp: -logp, model, prompt, samples)
+    """
+    counts = Counter(map(tuple, samples))
+    values_N = []
+    for y, count in counts.items():
+        tokens_1T = torch.tensor([[*prompt, *y]], device=model.head_weight.device)
+        response_1T = torch.arange(tokens_1T.shape[1], device=tokens_1T.device)[None] >= len(prompt)
+        values_N += [f(y, sequence_logps(model, tokens_1T, response_1T).item())] * count
+    values_N = torch.tensor(values_N, dtype=torch.float64)
+    return values_N.mean().item(), values_N.std().item() / len(samples)**0.5
 
 
 @dataclass
@@ -152,33 +151,33 @@ def main(args: SampleConfig):
     policies = [load_policy(paths[name]) for name in names]
     world = policies[0][2]
     for prompt in args.prompt or list(world)[::max(1, len(world) // 4)][:4]:
-        counts = [count_responses(*policy, prompt, args) for policy in policies]
-        print_counts(prompt, world.get(prompt, {}), names, counts, args)
+        found = [ask(*policy, prompt, args) for policy in policies]
+        print_answers(prompt, world.get(prompt, {}), names, found, args)
 
 
-def count_responses(model, encoding, world, prompt, args) -> Counter:
-    """How often the policy gives each (response as text, whether it ended) to a prompt."""
-    tokens, end = frame(encoding, prompt, "")[0], encoding.encode_single_token(END)
-    if len(tokens) > model.config.block_size:
-        raise InputError(f"--prompt {prompt[:30]!r}: {len(tokens)} tokens, and the model reads "
+def ask(model, encoding, world, prompt, args):
+    """How often a policy gives each (response as text, whether it ended), and its entropy."""
+    x, end = frame(encoding, prompt, "")[0], encoding.encode_single_token(END)
+    if len(x) > model.config.block_size:
+        raise InputError(f"--prompt {prompt[:30]!r}: {len(x)} tokens, and the model reads "
                          f"{model.config.block_size}; shorten it")
     longest = args.max_new_tokens or 2 + max(
-        len(frame(encoding, "", y)[1]) for responses in world.values() for y in responses)
-    rng, counts = torch.Generator().manual_seed(args.seed), Counter()
-    chunk = rows_that_fit(model, len(tokens) + longest)
-    for first in range(0, args.samples, chunk):
-        for y in generate(model, [tokens] * min(chunk, args.samples - first), end_token=end,
-                          max_new_tokens=longest, temperature=args.temperature,
-                          top_k=args.top_k or None, generator=rng):
-            counts[encoding.decode([k for k in y if k != end]), y[-1:] == [end]] += 1
-    return counts
+        len(frame(encoding, "", y)[1]) for row in world.values() for y in row["responses"])
+    samples = samples_of(model, x, args.samples, max_new_tokens=longest, end_token=end,
+                         temperature=args.temperature, top_k=args.top_k or None,
+                         generator=torch.Generator().manual_seed(args.seed))
+    counts = Counter((encoding.decode([k for k in y if k != end]), y[-1:] == [end])
+                     for y in samples)
+    return counts, expectation(lambda y, logp: -logp, model, x, samples)
 
 
-def print_counts(prompt, p_data, names, counts, args):
+def print_answers(prompt, row, names, found, args):
     """One table: p_data beside the frequencies under p_0, p_1, …"""
+    counts, p_data = [count for count, _ in found], row.get("responses", {})
     common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
     head = "".join(f"{'p_' + name:>8}" for name in names)
-    print(f"\n{short(prompt, 90)}\n{'p_data':>10}{head}   response")
+    split = {"heldout": "(held out)", "train": "(a training prompt)"}.get(row.get("split"), "")
+    print(f"\n{short(prompt, 80)}  {split or '(not in the data)'}\n{'p_data':>10}{head}   response")
     for y, ended in dict.fromkeys([*((y, True) for y in p_data), *common]):
         truth = f"{p_data[y]:>10.3f}" if ended and y in p_data else f"{'0' if p_data else '?':>10}"
         print(truth + "".join(f"{c[y, ended] / args.samples:>8.3f}" for c in counts)
@@ -187,6 +186,10 @@ def print_counts(prompt, p_data, names, counts, args):
     if any(cut):
         print(f"{'cut short':>10}" + "".join(f"{n / args.samples:>8.3f}" for n in cut)
               + "   … marks a response without its end; --max-new-tokens allows longer ones")
+    if args.temperature == 1 and not args.top_k:
+        exact = f"{-sum(p * math.log(p) for p in p_data.values()):>10.3f}" if p_data else f"{'?':>10}"
+        print(exact + "".join(f"{entropy:>8.3f}" for _, (entropy, _) in found)
+              + f"   entropy, nats (± {max(error for _, (_, error) in found):.3f})")
 
 
 if __name__ == "__main__":

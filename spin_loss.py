@@ -4,12 +4,13 @@
 
 Equation and theorem numbers are those of Chen et al., arXiv 2401.01335. All values are in nats.
 
-Reading order: `token_logps` and `sequence_logps`, the log-probabilities → `LOSSES` and `spin_loss`
-→ `mass_anchor` → the theory, `optimal_next_policy` and `loss_floor` → `FusedLogps`, which computes
-`token_logps` in less memory; it is the hardest part, and can be left for last.
+Reading order: `token_logps` and `sequence_logps`, the log-probabilities → `LOSSES`, `spin_loss` and
+`pair_loss` → `mass_anchor` → the theory, `optimal_next_policy` and `loss_floor` → `FusedLogps`,
+which computes `token_logps` in less memory; it is the hardest part, and can be left for last.
 
-Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, N flat tokens or responses,
-P prompts, D width, V vocabulary, C columns of V, K responses that a prompt may get.
+Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, D width, V vocabulary, C
+columns of V; U hidden states and N flat targets, or P prompts with a table of N responses each; K
+responses of a theorem's policy.
 """
 import functools
 import math
@@ -21,132 +22,88 @@ import torch.nn.functional as F
 
 # --- log-probabilities ---------------------------------------------------------------------------
 
-def token_logps(hidden_ND, weight_VD, targets_N, impl="eager", rows_N=None):
+def token_logps(hidden_UD, weight_VD, targets_N, impl="eager", row_N=None):
     """log p(target) = z_target − log Σ_v exp z_v, where z = weight @ hidden. [N], nats.
 
-    One target for each hidden state. Or, with rows_N, target n is for hidden_ND[rows_N[n]]: several
-    targets share a state and its logits, and there need not be N states. float32. "fused" gives the
-    same numbers and holds the logits of one block of the vocabulary at a time (float64 stays
-    float64). Raises ValueError for an unknown impl.
+    Target n is predicted by hidden_UD[row_N[n]], so that several targets may share a state and its
+    logits; without row_N, by hidden_UD[n]. "fused" gives the same numbers and holds the logits of
+    one block of the vocabulary at a time. Raises ValueError for an unknown impl.
     """
+    if row_N is None:
+        row_N = torch.arange(len(targets_N), device=targets_N.device)
     if impl == "fused":
-        hidden_ND = hidden_ND if rows_N is None else hidden_ND.index_select(0, rows_N)
-        return fused_token_logps(hidden_ND, weight_VD, targets_N)
+        return FusedLogps.apply(hidden_UD, weight_VD, targets_N, row_N)
     if impl != "eager":
         raise ValueError(f"impl is {impl!r}; use 'eager' or 'fused'")
-    with torch.autocast(hidden_ND.device.type, enabled=False):  # a bfloat16 logit is off by 0.01
-        logits_UV = (hidden_ND.to(weight_VD.dtype) @ weight_VD.T).float()
-    logp_UV = logits_UV.log_softmax(dim=1)  # U hidden states; without rows_N, U = N
-    if rows_N is None:
-        return logp_UV.gather(1, targets_N[:, None])[:, 0]
-    return logp_UV[rows_N, targets_N]
+    logp_UV = (hidden_UD @ weight_VD.T).log_softmax(dim=1)
+    return logp_UV[row_N, targets_N]
 
 
 def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
     """log p_θ(y|x) = Σ_k log p_θ(y_k | x, y_<k): a sum over the response, END included. [B], nats.
 
-    response_BT is True on the tokens of y, END among them; prompt and padding add nothing.
-    This is the definition. Training uses `response_logps` in data/responses.py, which gives the
-    same numbers faster.
+    response_BT is True on the tokens of y, END among them; prompt and padding add nothing. This is
+    the definition, one row for each response. Training calls `response_logps` in data/responses.py:
+    the same sum, where what the responses to one prompt share is read once.
     """
     hidden_BSD = model.hidden(tokens_BT[:, :-1])  # Position i has read tokens 0…i, …
     target_BS, scored_BS = tokens_BT[:, 1:], response_BT[:, 1:]  # … so it scores token i+1.
     logp_N = token_logps(hidden_BSD[scored_BS], model.head_weight, target_BS[scored_BS], impl)
-    row_N = scored_BS.nonzero()[:, 0]
-    return logp_N.new_zeros(len(tokens_BT)).index_add(0, row_N, logp_N)
+    sequence_N = scored_BS.nonzero()[:, 0]
+    return logp_N.new_zeros(len(tokens_BT)).index_add(0, sequence_N, logp_N)
 
 
 # --- the losses ----------------------------------------------------------------------------------
 
 # A loss is a function of two log-ratios: r = log p_θ(y)/p_t(y) of the real response and
-# s = log p_θ(y')/p_t(y') of the generated one. To add a loss, add a line: `--loss`, the scale of
-# its gradient and the theorem's prediction all follow from the function itself.
+# s = log p_θ(y')/p_t(y') of the generated one. To add a loss, add a line: `--loss` offers it then.
 LOSSES = {
-    "logistic": lambda r, s, lam, mu: F.softplus(-lam * (r - s)),  # Eq. 4.7: ℓ(u) = log(1 + e^−u)
-    "hinge": lambda r, s, lam, mu: F.relu(1 - lam * (r - s)),
-    "exponential": lambda r, s, lam, mu: torch.exp(-lam * (r - s)),
-    "correlation": lambda r, s, lam, mu: 1 - lam * (r - s),
-    # SPACE, arXiv 2512.07175: −log σ_μ(r) − μ log σ_{1/μ}(−s) with σ_μ(u) = 1/(1 + μ e^−u). Two
-    # classifiers ask "real or generated?", with μ generated responses to a real one.
-    "space": lambda r, s, lam, mu: (F.softplus(math.log(mu) - r)
-                                    + mu * F.softplus(s - math.log(mu))),
-    # IPO, arXiv 2310.12036: its (r − s − 1/(2τ))² is this one divided by λ², at λ = 2τ.
-    "squared": lambda r, s, lam, mu: (lam * (r - s) - 1).square(),
-    # KLIEP (Sugiyama et al. 2008). Its mean is SFT's loss plus a constant: E_{p_t} e^s = Σ p_θ = 1.
-    "kliep": lambda r, s, lam, mu: s.exp() - r,
-    # DDO, arXiv 2503.01103: a GAN's discriminator, made of the policy's own log-ratio.
-    "ddo": lambda r, s, lam, mu: F.softplus(-lam * r) + F.softplus(lam * s),
-    # SPPO, arXiv 2405.00675, where the real response always wins; its η is 1/λ.
-    "sppo": lambda r, s, lam, mu: (lam * r - 0.5).square() + (lam * s + 0.5).square(),
+    "logistic": lambda r, s, lam: F.softplus(-lam * (r - s)),  # Eq. 4.7: ℓ(u) = log(1 + e^−u)
+    "hinge": lambda r, s, lam: F.relu(1 - lam * (r - s)),
+    "exponential": lambda r, s, lam: torch.exp(-lam * (r - s)),
+    "correlation": lambda r, s, lam: 1 - lam * (r - s),
+    # SPACE, arXiv 2512.07175, with as many generated as real responses: two classifiers ask of one
+    # response each, "real or generated?" It has no λ.
+    "space": lambda r, s, lam: F.softplus(-r) + F.softplus(s),
 }
 
 
 def spin_loss(policy_real_B, policy_generated_B, opponent_real_B, opponent_generated_B, lam,
-              loss="logistic", mu=1.0):
-    """The loss L(r, s) of each pair (y, y'), not averaged. Arguments are log-probs in nats, [B].
+              loss="logistic"):
+    """The loss of each pair (y, y'), not averaged (Eq. 4.7). Arguments are log-probs in nats.
 
-    r is the log-ratio log p_θ/p_t of the real response, s that of the generated one (Eq. 4.7).
-    logistic, hinge, exponential, correlation and squared depend on λ(r − s) alone; space, kliep,
-    ddo and sppo use r and s separately. space and kliep ignore λ; only space uses μ. Raises
-    ValueError for an unknown loss.
+    They have shape [B], or any shapes that broadcast. Raises ValueError for an unknown loss.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; use one of {', '.join(LOSSES)}")
-    real_ratio_B = policy_real_B - opponent_real_B
-    generated_ratio_B = policy_generated_B - opponent_generated_B
-    return LOSSES[loss](real_ratio_B, generated_ratio_B, lam, mu)
+    r_B = policy_real_B - opponent_real_B
+    s_B = policy_generated_B - opponent_generated_B
+    return LOSSES[loss](r_B, s_B, lam)
 
 
-def loss_slopes(loss, r, s, lam, mu=1.0):
-    """(∂L/∂r, ∂L/∂s) of one loss at the log-ratios r and s; float64, by autograd."""
-    return slopes_of(LOSSES[loss], r, s, lam, mu)
+def pair_loss(player_PN, opponent_PN, real_PN, generated_PN, lam, loss="logistic"):
+    """E_{y, y'} of `spin_loss`, over all pairs of each prompt's responses. [P], nats.
 
-
-@functools.cache  # By the function, not its name: a loss that is replaced is differentiated anew.
-def slopes_of(loss_of, r, s, lam, mu):
-    """`loss_slopes` of a function; remembered, since each training step asks for the same ones."""
-    r, s = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (r, s))
-    slopes = torch.autograd.grad(loss_of(r, s, lam, mu), (r, s), materialize_grads=True)
-    return tuple(slope.item() for slope in slopes)
-
-
-def sft_scale(loss, lam, mu=1.0):
-    """1 / |∂L/∂r| at r = s = 0: the factor that gives a loss the first gradient of SFT.
-
-    At the start of an iteration p_θ = p_t. So both log-ratios are 0, and E_{y'~p_t} ∇log p_t(y') =
-    ∇Σp_t = 0. What is left of ∇L is (∂L/∂r) · E_{y~p_data} ∇log p_θ(y), a multiple of SFT's
-    gradient. The factor is 1/(λ|ℓ'(0)|) for a loss ℓ(λ(r − s)), so 2/λ for the logistic one, and
-    (1 + μ)/μ for SPACE.
-
-    >>> round(sft_scale("logistic", lam=4.0), 6), round(sft_scale("hinge", lam=4.0), 6)
-    (0.5, 0.25)
+    The first two are log p_θ and log p_t of N responses to each of P prompts. real_PN and
+    generated_PN are the weights of a response as y and as y'; both sum to 1 over a prompt.
     """
-    return 1 / abs(loss_slopes(loss, 0.0, 0.0, lam, mu)[0])
+    weight_PNN = real_PN[:, :, None] * generated_PN[:, None, :]  # y down the rows, y' across
+    # A pair that has no weight is given r = s = 0: its loss might overflow, and 0 · ∞ is NaN.
+    ratio_PN, counts_PNN = player_PN - opponent_PN, weight_PNN > 0
+    r_PNN = torch.where(counts_PNN, ratio_PN[:, :, None], 0.0)
+    s_PNN = torch.where(counts_PNN, ratio_PN[:, None, :], 0.0)
+    return (weight_PNN * spin_loss(r_PNN, s_PNN, 0.0, 0.0, lam, loss)).sum(dim=(1, 2))
 
 
 # --- what the loss cannot see --------------------------------------------------------------------
 
-def mass_anchor(policy_N, opponent_N, log_share_N, prompt_N, P=None):
-    """(1 − m) log 1/m, where m = min(1, Σ_n share_n p_θ(y'_n)/p_t(y'_n)); a mean over P prompts.
+def mass_anchor(player_PN, opponent_PN, log_share_PN):
+    """(1 − m) log 1/m for each prompt, where m = min(1, Σ_n share_n p_θ(y_n)/p_t(y_n)). [P]
 
-    Adding one constant to every log p_θ changes no margin, so SPIN lets probability leak to
-    strings that nobody sampled. Over all strings, E_{y'~p_t}[p_θ(y')/p_t(y')] = Σ_y' p_θ(y') = 1
-    for every θ. Over the sampled y', m falls below 1 as p_θ moves probability elsewhere. At
-    Theorem 5.4's optimum p_θ has only right responses; if all of them are among the y', each with
-    its share p_t(y'), m is 1 there, and the penalty leaves that optimum where it is.
-
-    For a small leak the penalty is about (1 − m)². As m → 0 its slope in log m tends to −1, while
-    that of (1 − m)² tends to 0: a large leak can still be undone. m > 1 is not penalised: it comes
-    from a rare response with a huge ratio, and a penalty would lower every log p_θ. log_share_N
-    are the logs of the shares that the y' have under p_t; prompt_N numbers the prompts 0 … P−1.
+    m estimates Σ_y p_θ(y), which is 1. log_share_PN is −∞ for padding.
     """
-    P = int(prompt_N.max()) + 1 if P is None else P
-    # log m by log-sum-exp for each prompt, since the ratio itself overflows at 89 nats.
-    term_N = policy_N + (log_share_N - opponent_N)
-    top_P = term_N.new_full((P,), -1e30).scatter_reduce(0, prompt_N, term_N.detach(), "amax")
-    sum_P = term_N.new_zeros(P).index_add(0, prompt_N, (term_N - top_P[prompt_N]).exp())
-    log_m_P = (top_P + sum_P.log()).clamp(max=0)
-    return (log_m_P.expm1() * log_m_P).mean()
+    log_m_P = (player_PN + (log_share_PN - opponent_PN)).logsumexp(dim=1).clamp(max=0)
+    return log_m_P.expm1() * log_m_P
 
 
 # --- the theory ----------------------------------------------------------------------------------
@@ -170,6 +127,16 @@ def optimal_next_policy(logp_data_K, logp_opponent_K, lam):
     return score_K.masked_fill(~support_K, -math.inf).log_softmax(dim=-1)
 
 
+# The λ with which Theorem 5.4 holds for other losses: each pair is balanced where p₊ ∂L/∂r at
+# (Δ, 0) is −p₋ ∂L/∂s at (0, Δ), which gives e^{cΔ} = p₊/p₋ with this c. Hinge and correlation are
+# not balanced anywhere. SPACE asks of each response alone, and its optimum is p_data itself.
+THEOREM_LAM = {
+    "logistic": lambda lam: lam,
+    "exponential": lambda lam: 2 * lam,
+    "space": lambda lam: 1.0,
+}
+
+
 def loss_floor(logp_data_K, logp_opponent_K):
     """Lemma C.2: min_θ L = log 2 − JSD(p₊‖p₋) for the logistic loss, whatever λ is. Nats.
 
@@ -190,14 +157,6 @@ BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 LEAST_COLUMNS = 64  # narrower products waste more than they save
 
 
-def fused_token_logps(hidden_ND, weight_VD, targets_N):
-    """`token_logps` through `FusedLogps`: logits in float32 at least, also of bfloat16 inputs."""
-    hidden_ND = hidden_ND.to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    if len(targets_N) == 0:
-        return (hidden_ND @ weight_VD.to(hidden_ND.dtype).T).sum(dim=1)  # empty, but differentiable
-    return FusedLogps.apply(hidden_ND, weight_VD, targets_N)
-
-
 class FusedLogps(torch.autograd.Function):
     """`token_logps` with the logits made one block of the vocabulary at a time, then dropped.
 
@@ -206,64 +165,63 @@ class FusedLogps(torch.autograd.Function):
     end log p(y) = (z_y − m) − log s, for z_y − (m + log s) would round off digits of log s.
 
     Backward: ∂log p(y)/∂z_v = 1[v = y] − exp(z_v − m)/s. With g = ∂L/∂log p(y), each block's
-    logits, made anew from h and W, turn in place into G = g (1[v = y] − exp(z_v − m)/s); then
-    dH += G W_block, and dW_block = Gᵀ H is final. So there are four matrix products instead of
-    three, unless the vocabulary fits one block: its logits are kept for the backward pass.
+    logits, made anew from h and W, turn in place into G = g (1[v = y] − exp(z_v − m)/s), summed
+    over the targets y of a state; then dH += G W_block, and dW_block = Gᵀ H is final. So there are
+    four matrix products instead of three, unless the vocabulary fits one block: its logits are kept
+    for the backward pass.
     """
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N):
-        max_N = hidden_ND.new_full(targets_N.shape, -math.inf)
-        sum_N = hidden_ND.new_zeros(targets_N.shape)
-        target_logit_N = hidden_ND.new_full(targets_N.shape, math.nan)
-        join = compiled(join_block, hidden_ND.device.type)
-        for first, weight_CD, logits_NC in logit_blocks(hidden_ND, weight_VD):
+    def forward(ctx, hidden_UD, weight_VD, targets_N, row_N):
+        max_U = hidden_UD.new_full((len(hidden_UD),), -math.inf)
+        sum_U = hidden_UD.new_zeros(len(hidden_UD))
+        target_logit_N = hidden_UD.new_full(targets_N.shape, math.nan)
+        join = compiled(join_block, hidden_UD.device.type)
+        for first, weight_CD, logits_UC in logit_blocks(hidden_UD, weight_VD):
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
-            logit_N = logits_NC.gather(1, column_N[:, None])[:, 0]
-            target_logit_N = torch.where(inside_N, logit_N, target_logit_N)
-            max_N, sum_N = join(logits_NC, max_N, sum_N)
+            target_logit_N = torch.where(inside_N, logits_UC[row_N, column_N], target_logit_N)
+            max_U, sum_U = join(logits_UC, max_U, sum_U)
         one_block = len(weight_CD) == len(weight_VD)  # the vocabulary is small:
-        ctx.logits_NC = logits_NC if one_block else None  # keep the block, do not make it twice
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, max_N, sum_N)
-        return (target_logit_N - max_N) - sum_N.log()
+        ctx.logits_UC = logits_UC if one_block else None  # keep the block, do not make it twice
+        ctx.save_for_backward(hidden_UD, weight_VD, targets_N, row_N, max_U, sum_U)
+        return (target_logit_N - max_U[row_N]) - sum_U.log()[row_N]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N):
-        """∂L/∂hidden and ∂L/∂weight from grad_N = ∂L/∂log p; None for the targets."""
-        hidden_ND, weight_VD, targets_N, max_N, sum_N = ctx.saved_tensors
-        grad_hidden_ND = torch.zeros_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        """∂L/∂hidden and ∂L/∂weight from grad_N = ∂L/∂log p; None for targets and rows."""
+        hidden_UD, weight_VD, targets_N, row_N, max_U, sum_U = ctx.saved_tensors
+        grad_hidden_UD = torch.zeros_like(hidden_UD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
-        blocks = logit_blocks(hidden_ND, weight_VD)
-        if ctx.logits_NC is not None:
-            blocks = [(0, weight_VD.to(hidden_ND.dtype), ctx.logits_NC)]
-            ctx.logits_NC = None  # overwritten below; a second backward pass makes it again
-        to_gradient_ = compiled(minus_softmax_, hidden_ND.device.type)
-        for first, weight_CD, logits_NC in blocks:
+        blocks = logit_blocks(hidden_UD, weight_VD)
+        if ctx.logits_UC is not None:
+            blocks = [(0, weight_VD, ctx.logits_UC)]
+            ctx.logits_UC = None  # overwritten below; a second backward pass makes it again
+        to_gradient_ = compiled(minus_softmax_, hidden_UD.device.type)
+        grad_U = torch.zeros_like(sum_U).index_add(0, row_N, grad_N)
+        for first, weight_CD, logits_UC in blocks:
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
-            to_gradient_(logits_NC, max_N, grad_N / sum_N)
-            logits_NC.scatter_add_(1, column_N[:, None], (grad_N * inside_N)[:, None])
-            if grad_hidden_ND is not None:
-                grad_hidden_ND.addmm_(logits_NC, weight_CD)
+            to_gradient_(logits_UC, max_U, grad_U / sum_U)
+            logits_UC.index_put_((row_N, column_N), grad_N * inside_N, accumulate=True)
+            if grad_hidden_UD is not None:
+                grad_hidden_UD.addmm_(logits_UC, weight_CD)
             if grad_weight_VD is not None:
-                # out=, as in logit_blocks: autocast leaves such a product in float32.
-                block_CD = torch.mm(logits_NC.T, hidden_ND, out=torch.empty_like(weight_CD))
-                grad_weight_VD[first:first + len(weight_CD)] = block_CD
-        return grad_hidden_ND, grad_weight_VD, None
+                torch.mm(logits_UC.T, hidden_UD,
+                         out=grad_weight_VD[first:first + len(weight_CD)])
+        return grad_hidden_UD, grad_weight_VD, None, None
 
 
-def logit_blocks(hidden_ND, weight_VD):
-    """Yield (first column, weight_CD, logits_NC) for one block of the vocabulary after another.
+def logit_blocks(hidden_UD, weight_VD):
+    """Yield (first column, weight_CD, logits_UC) for one block of the vocabulary after another.
 
     All blocks share one buffer: a block's logits are gone once the next one is asked for.
     """
-    N, V = len(hidden_ND), len(weight_VD)
-    C = min(V, max(LEAST_COLUMNS, BLOCK_LOGITS.get(hidden_ND.device.type, 1 << 20) // N))
-    buffer_NC = hidden_ND.new_empty(N, C)
+    U, V = len(hidden_UD), len(weight_VD)
+    C = min(V, max(LEAST_COLUMNS, BLOCK_LOGITS[hidden_UD.device.type] // max(1, U)))
+    buffer_UC = hidden_UD.new_empty(U, C)
     for first in range(0, V, C):
-        weight_CD = weight_VD[first:first + C].to(hidden_ND.dtype)
-        # Subtle: autocast leaves a product with out= alone, so these logits stay float32.
-        logits_NC = torch.mm(hidden_ND, weight_CD.T, out=buffer_NC[:, :len(weight_CD)])
-        yield first, weight_CD, logits_NC
+        weight_CD = weight_VD[first:first + C]
+        logits_UC = torch.mm(hidden_UD, weight_CD.T, out=buffer_UC[:, :len(weight_CD)])
+        yield first, weight_CD, logits_UC
 
 
 def columns_of(targets_N, first, C):
@@ -272,16 +230,16 @@ def columns_of(targets_N, first, C):
     return column_N, column_N == targets_N - first
 
 
-def join_block(logits_NC, max_N, sum_N):
+def join_block(logits_UC, max_U, sum_U):
     """One more block joins the running maximum and the running sum."""
-    new_max_N = torch.maximum(max_N, logits_NC.amax(dim=1))
-    old_sum_N = sum_N * (max_N - new_max_N).exp()
-    return new_max_N, old_sum_N + (logits_NC - new_max_N[:, None]).exp().sum(dim=1)
+    new_max_U = torch.maximum(max_U, logits_UC.amax(dim=1))
+    old_sum_U = sum_U * (max_U - new_max_U).exp()
+    return new_max_U, old_sum_U + (logits_UC - new_max_U[:, None]).exp().sum(dim=1)
 
 
-def minus_softmax_(logits_NC, max_N, scale_N):
+def minus_softmax_(logits_UC, max_U, scale_U):
     """logits ← −scale · exp(logits − max), in place: the block is read once and written once."""
-    logits_NC.copy_((logits_NC - max_N[:, None]).exp() * -scale_N[:, None])
+    logits_UC.copy_((logits_UC - max_U[:, None]).exp() * -scale_U[:, None])
 
 
 @functools.cache

@@ -6,14 +6,13 @@ Reading order: `Config` → the objectives → `fit`, which trains one policy �
 opponent's responses → `main`, the paper's Algorithm 1.
 
 Departures from the paper (arXiv 2401.01335):
- 1. every pair (y, y') of a prompt is compared, not one y' for each y        `pairs`
+ 1. every pair (y, y') of a prompt is compared, not one y' for each y        `pair_loss`
  2. as y', responses of the SFT set have the weight p_t(y') itself           `known_shares`
- 3. the loss is multiplied by 2/λ: its first gradient is SFT's               `scaled`
- 4. the mass anchor; --anchor none is the paper's loss alone                 `mass_anchor`
- 5. p_{t+1} is the average of an iteration's later weights                   `fit`
- 6. Adam; no y' of the iteration before (--history 1 adds them); λ = 2 throughout
+ 3. the mass anchor; --anchor none is the paper's loss alone                 `mass_anchor`
+ 4. p_{t+1} is the average of an iteration's later weights                   `fit`
+ 5. Adam; no y' of the iteration before; λ = 2 throughout
 
-Dimensions: P prompts, N responses, B pairs. Log-probs and losses are in nats.
+Dimensions: P prompts with a table of N responses each. Log-probs and losses are in nats.
 """
 import copy
 import math
@@ -25,60 +24,51 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.errors import InputError
+from data import InputError
 from data.gpt2 import load_gpt2
-from data.metrics import evaluate
-from data.responses import all_logps, response_logps, self_play_responses, sft_responses
-from data.run.checkpoint import Run
-from data.run.options import TINY, command, option, parse_args
+from data.responses import response_logps, self_play_responses, sft_responses
+from data.run.console import print_responses
+from data.run.folder import Run
+from data.run.options import TINY, command, make_plain, option, parse_args, prepare
 from data.run.parallel import add_gradients, gather, rank, ranks
-from data.run.prepare import check_ranking, prepare
-from data.run.report import print_responses, print_start
-from data.tokenizer import PATTERNS, RANK_FILE
+from data.tokenizer import RANK_FILE
 from data.world import WORLD
 from model import GPT, GPTConfig
 from sample import generate, rows_that_fit
-from spin_loss import LOSSES, mass_anchor, sft_scale, spin_loss
+from spin_loss import LOSSES, mass_anchor, pair_loss
 
 
 @dataclass
 class Config:
     """Every number of a run, once, with its reason; each field is a flag (lr → --lr)."""
     iters: int = option(3, "SPIN iterations after SFT; 0 stops at SFT", 0, 10_000)
-    method: str = option("spin", "what follows SFT: self-play, more SFT, or DPO on own samples "
-                         "ranked by an oracle", choices=("spin", "sft", "dpo"))
+    method: str = option("spin", "what follows SFT: self-play, or more SFT",
+                         choices=("spin", "sft"))
     lam: float = option(2.0, "λ: an iteration moves log p by (1/λ) log p_data/p_t, so λ = 2 is a "
                         "careful step; exact self-play diverges below ½", TINY, 1e6)
-    loss: str = option("logistic", "ℓ: one line of spin_loss.py each; data/theory/README.md says "
-                       "where each of them ends", choices=LOSSES)
-    mu: float = option(1.0, "μ, SPACE's ratio of generated to real", TINY, 1e6)
+    loss: str = option("logistic", "ℓ: one line of spin_loss.py each", choices=LOSSES)
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
-                         "a mean of p_θ/p_t of at least 1, or the SFT loss",
+                         "the mass of the responses seen, or the SFT loss",
                          choices=("none", "mass", "sft"))
     anchor_weight: float = option(5.0, "γ: anything from 2 to 10 holds the mass anchor; 0.2 is "
                                   "plenty for the SFT anchor", 0, 1e6)
+    shares: str = option("known", "how y' are weighted: real ones by p_t itself, or all of them by "
+                         "how often they were sampled, as in the paper",
+                         choices=("known", "sampled"))
     opponent: str = option("previous", "renew the opponent each iteration, or keep the SFT model "
                            "for ever (then it is no self-play)", choices=("previous", "sft"))
-    history: int = option(0, "1: also the previous iteration's generated responses, as in the "
-                          "authors' code", choices=(0, 1))
     steps: int = option(250, "optimiser steps in an iteration; most of the gain is made by then",
                         1, 10**9)
     batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
                              "1024 / 16 negatives = 64 prompts, in SFT too", 1, 10**9)
     negatives: int = option(16, "responses the opponent gives to each prompt", 1, 10**6)
     lr: float = option(8e-3, "high, as a model this small allows: progress is bounded by the "
-                       "steps, and the falling rate and the average remove noise", TINY, 10)
-    warmup: int = option(20, "steps over which the rate rises: Adam's first, poorly scaled steps "
-                         "leak the most", 0, 10**9)
-    decay: float = option(0.05, "over the second half of a stage the rate falls to this share of "
-                          "itself: the noise of y' would keep the policy off its optimum", 0, 1)
-    average: float = option(0.2, "share of the steps, the last ones, whose weights are averaged, "
-                            "which removes noise", 0, 1)
-    clip: float = option(1.0, "gradient norm", TINY, 1e9)
+                       "steps, and the falling rate removes noise", TINY, 10)
     sft_steps: int = option(220, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
                               "scored once, so more cost nothing", 1, 10**6)
+    max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", TINY, 1e9)
     n_layer: int = option(2, "layers; one learns this world too, but more slowly", 1, 1000)
     n_head: int = option(4, "heads; 4 generalise a little better than 2", 1, 1000)
     n_embd: int = option(64, "width", 1, 10**5)
@@ -90,156 +80,113 @@ class Config:
     heldout: float = option(0.0, "share of the train prompts to hold out, beside the file's own",
                             0, 0.9)
     encoding: str = option(str(RANK_FILE), "a rank file, or the name of a tiktoken encoding")
-    pattern: str = option("toy", "how a rank file cuts a text before it joins bytes; an encoding "
-                          "given by name has its own", choices=PATTERNS)
     init: str = option("", "start from GPT-2's weights: model.safetensors, or a state dict that "
                        "torch.save wrote; sizes come from the file (data/GPT2.md)")
     out: str = option("out", "folder for metrics, checkpoints and figures")
     threads: int = option(1, "CPU threads: the tensors are so small that two threads mostly wait "
                           "for each other, and on a busy machine steps take many times longer",
                           1, 1024)
-    device: str = option("auto", "auto takes a CUDA GPU where there is one; mps is Apple's",
-                         choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option("auto", "auto takes a CUDA GPU where there is one",
+                         choices=("auto", "cpu", "cuda"))
     logprob: str = option("eager", "how log p is computed", choices=("eager", "fused"))
-    precision: str = option("float32", "of the blocks; log-probs and their sums stay float32. "
-                            "bfloat16 is for a GPU", choices=("float32", "bfloat16"))
     show: bool = option(False, "open a window that follows the run")
     resume: bool = option(False, "go on with the run in --out")
     overwrite: bool = option(False, "replace the run in --out")
+
+    def __post_init__(self):
+        make_plain(self)
 
     def prompts_a_step(self) -> int:
         """Whole prompts, as many as give batch_size generated responses."""
         return max(1, self.batch_size // self.negatives)
 
 
-# --- the objectives: what a step minimises, averaged over the prompts of a batch -----------------
+# --- the objectives: what a step minimises, for each prompt, [P] ---------------------------------
 
-def sft_objective(model, batch, config):
+def sft_objective(player, part, config):
     """−E log p_θ(y|x), y from the SFT set: maximum likelihood."""
-    return sft_loss(response_logps(model, batch.trees, config.logprob), batch)
+    return sft_loss(response_logps(player, part, config.logprob), part)
 
 
-def sft_loss(player_N, batch):
-    """−(1/P) Σ_x Σ_y share(y|x) log p_θ(y|x), over the SFT set's responses to P prompts."""
-    return -(batch.real_N * player_N).sum() / batch.P
+def sft_loss(player_PN, part):
+    """−Σ_y share(y|x) log p_θ(y|x), over the SFT set's responses to each prompt."""
+    return -(part.real_PN * player_PN).sum(dim=1)
 
 
-def spin_objective(model, batch, config):
+def spin_objective(player, part, config):
     """Eq. 4.7 over all pairs (y, y') of each prompt, y from the SFT set and y' from p_t."""
-    player_N = response_logps(model, batch.trees, config.logprob)
-    i_B, j_B, weight_B = batch.pairs("real", "generated")
-    loss_B = losses_of_pairs(player_N, batch.opponent_N, i_B, j_B, config)
-    return scaled((weight_B * loss_B).sum(), config) + anchor(player_N, batch, config)
-
-
-def dpo_objective(model, batch, config):
-    """DPO: y and y' are both the opponent's; an oracle prefers the one that p_data prefers."""
-    player_N = response_logps(model, batch.trees, config.logprob)
-    i_B, j_B, weight_B = batch.pairs("generated", "generated")
-    weight_B = weight_B * (batch.data_N[i_B] > batch.data_N[j_B])
-    # A mean over the pairs that it ranks, prompt by prompt; a negligible share stays negligible.
-    ranked_P = weight_B.new_zeros(batch.P).index_add(0, batch.prompt_N[i_B], weight_B) * batch.P
-    weight_B = weight_B / ranked_P.clamp(min=1e-3)[batch.prompt_N[i_B]]
-    loss_B = losses_of_pairs(player_N, batch.opponent_N, i_B, j_B, config)
-    return scaled((weight_B * loss_B).sum(), config) + anchor(player_N, batch, config)
-
-
-def losses_of_pairs(player_N, opponent_N, i_B, j_B, config):
-    """The loss of each pair: response i is the one to prefer to response j."""
-    return spin_loss(player_N[i_B], player_N[j_B], opponent_N[i_B], opponent_N[j_B],
-                     config.lam, config.loss, config.mu)
-
-
-def scaled(loss, config):
-    """SPIN's loss with the first gradient of SFT: an anchor's weight then means the same for all.
-
-    Adam ignores the scale of a gradient, but not its proportion to the anchor's, and clipping
-    does not ignore it either.
-    """
-    return loss * sft_scale(config.loss, config.lam, config.mu)
-
-
-def anchor(player_N, batch, config):
-    """What holds the direction that the loss cannot see: see `mass_anchor`."""
+    player_PN = response_logps(player, part, config.logprob)
+    loss_P = pair_loss(player_PN, part.opponent_PN, part.real_PN, part.generated_PN, config.lam,
+                       config.loss)
     if config.anchor == "mass":
-        return config.anchor_weight * mass_anchor(player_N, batch.opponent_N, batch.log_share_N,
-                                                  batch.prompt_N, batch.P)
-    if config.anchor == "sft":
-        return config.anchor_weight * sft_loss(player_N, batch)
-    return 0.0
+        anchor_P = mass_anchor(player_PN, part.opponent_PN, part.log_share_PN)
+    elif config.anchor == "sft":
+        anchor_P = sft_loss(player_PN, part)
+    else:
+        return loss_P
+    return loss_P + config.anchor_weight * anchor_P
 
 
-OBJECTIVES = {"spin": spin_objective, "sft": sft_objective, "dpo": dpo_objective}
+OBJECTIVES = {"spin": spin_objective, "sft": sft_objective}
 
 
 # --- training one policy -------------------------------------------------------------------------
 
-def fit(player, objective, responses, stage, run):
-    """Train the player into p_stage: by SFT for stage 0, else against the opponent. Returns it.
+def fit(policy, objective, responses, t, run):
+    """Train a copy of the policy into p_t and return it; the policy itself stays as it is.
 
-    It is the average of the weights over the last steps (--average), where the noise of the
-    sampled y' averages out (Polyak). The player is left with the last raw weights.
+    objective(player, part, config) gives the loss of each prompt in a Part of the responses.
     """
-    config, train, device = run.config, run.world.splits["train"], player.head_weight.device
-    steps, lr = (config.steps, config.lr) if stage else (config.sft_steps, config.sft_lr)
+    config, train = run.config, run.world.splits["train"]
+    steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
+    player = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(player.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: share_of_rate(step, steps, config))
-    averaged, first = copy.deepcopy(player), math.floor(steps * (1 - config.average))
-    learner = {"player": player, "averaged": averaged, "optimizer": optimizer,
-               "schedule": schedule}
-    batches = prompt_batches(train, steps, config, stage)
-    for step in range(run.restore(learner, steps), steps):
-        prompts = batches[step][rank()::ranks()]  # with one process: all of them
-        share = len(prompts) / len(batches[step])
-        loss = objective(player, responses.batch(prompts, device), config)
+    averaged, first = copy.deepcopy(player), math.floor(steps * (1 - 0.2))
+    learner = player, averaged, optimizer, schedule
+    batches = prompt_batches(train, steps, config, t)
+    for step in range(run.restore(*learner), steps):
         optimizer.zero_grad()
-        (loss * share).backward()
+        for part in responses.parts(batches[step][rank()::ranks()], run.device):
+            (objective(player, part, config).sum() / len(batches[step])).backward()
         add_gradients(player)
-        clip_gradients(player, config.clip, stage, step)
+        clip_gradients(player, config.max_grad_norm, t, step)
         optimizer.step()
         schedule.step()
         if step >= first:  # the running mean of the weights since then
             with torch.no_grad():
                 for mean, p in zip(averaged.parameters(), player.parameters()):
                     mean.lerp_(p, 1 / (step + 1 - first))
-        if is_due(step + 1, steps, config.reports):
-            policy, weights = (averaged, "averaged") if step >= first else (player, "raw")
-            found = evaluate(policy, responses, run.world, config, stage)
-            run.report(step + 1, steps, found, learner, policy, weights)
-    policy = averaged if first < steps else player
+        policy = averaged if step >= first else player
+        run.report(t, step + 1, steps, responses, policy, learner)
     show_responses(policy, run)
     return policy
 
 
 def share_of_rate(step, steps, config) -> float:
     """The learning rate of a step, as a share of --lr: up, level, and down in the second half."""
-    warmup = max(1, min(config.warmup, steps // 2))
+    warmup = max(1, min(20, steps // 2))
     fallen = max(0.0, 2 * step / steps - 1)  # 0 until half of the steps are done, then up to 1
-    return min(1.0, (step + 1) / warmup) * (1 - (1 - config.decay) * fallen)
+    return min(1.0, (step + 1) / warmup) * (1 - (1 - 0.05) * fallen)
 
 
-def clip_gradients(player, norm, stage, step):
+def clip_gradients(player, norm, t, step):
     """Scale the gradient down to a norm; InputError if it is not finite."""
     try:
         torch.nn.utils.clip_grad_norm_(player.parameters(), norm, error_if_nonfinite=True)
     except RuntimeError:
-        raise InputError(f"iteration {stage}, step {step + 1}: the gradient is not finite; start "
-                         f"again with a lower --{'lr' if stage else 'sft-lr'}") from None
+        raise InputError(f"iteration {t}, step {step + 1}: the gradient is not finite; start "
+                         f"again with a lower --{'lr' if t else 'sft-lr'}") from None
 
 
-def is_due(step, steps, reports) -> bool:
-    """True at `reports` evenly spaced steps, the last step among them."""
-    return step * reports // steps > (step - 1) * reports // steps
-
-
-def prompt_batches(train, steps, config, stage) -> list[list[int]]:
+def prompt_batches(train, steps, config, t) -> list[list[int]]:
     """Which prompts each step takes: shuffled passes over all of them, by whole batches.
 
     What does not fill a whole batch at the end of a pass is left out of that pass, so that no step
     takes a prompt twice.
     """
-    rng = torch.Generator().manual_seed(seed_for(config.seed, stage, 0))
+    rng = torch.Generator().manual_seed(seed_for(config.seed, t, 0))
     size = min(len(train), config.prompts_a_step())
     batches = []
     while len(batches) < steps:
@@ -256,17 +203,10 @@ def seed_for(seed, *purpose) -> int:
 
 # --- the opponent's responses --------------------------------------------------------------------
 
-def self_play(opponent, config, t, run):
+def self_play(opponent, t, run):
     """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once."""
-    samples, older = sample_responses(opponent, run.world, config, t), None
-    if config.history and t > 0:  # the same seeds give the last iteration's y' again; p_t scores
-        before = run.policy(0 if config.opponent == "sft" else t - 1)
-        older = sample_responses(before, run.world, config, t - 1)
-    responses = self_play_responses(run.world, samples, older,
-                                    lambda trees: all_logps(opponent, trees, config.logprob))
-    if config.method == "dpo":
-        check_ranking(responses, run.world.splits["train"], t)
-    return responses
+    samples = sample_responses(opponent, run.world, run.config, t)
+    return self_play_responses(run.world, samples, opponent, run.config)
 
 
 def sample_responses(model, world, config, t) -> list[Counter]:
@@ -276,7 +216,7 @@ def sample_responses(model, world, config, t) -> list[Counter]:
     """
     prompt_of = [p for p in range(len(world.prompts)) for _ in range(config.negatives)]
     longest = max(map(len, world.prompts)) + world.max_new_tokens
-    chunk, mine, began = rows_that_fit(model, longest), [], time.time()
+    chunk, mine, began = rows_that_fit(model, longest), [], time.monotonic()
     said = began
     for first in range(chunk * rank(), len(prompt_of), chunk * ranks()):
         some = prompt_of[first:first + chunk]
@@ -285,8 +225,8 @@ def sample_responses(model, world, config, t) -> list[Counter]:
         sampled = generate(model, [world.prompts[p] for p in some], end_token=world.end_token,
                            max_new_tokens=world.max_new_tokens, generator=rng)
         mine += [(p, tuple(y)) for p, y in zip(some, sampled)]
-        if time.time() - said > 5:
-            said, done = time.time(), first + len(some)
+        if time.monotonic() - said > 5:
+            said, done = time.monotonic(), first + len(some)
             print(f"iteration {t + 1}  sampled {done:,} of {len(prompt_of):,} responses  "
                   f"{(said - began) * (len(prompt_of) / done - 1):3.0f} s left", flush=True)
     counts = [Counter() for _ in world.prompts]
@@ -312,27 +252,25 @@ def show_responses(policy, run, count=5):
 def main(config: Config) -> None:
     """Algorithm 1 of the paper, after SFT. Raises InputError before anything is trained."""
     world, device = prepare(config)
-    with Run(config, world, device) as run:
-        player = run.policy(run.stage - 1) if run.stage else new_player(world, config).to(device)
-        print_start(player, run)
+    run = Run(config, world, device)
+    policy = run.policy(run.t - 1) if run.t else new_policy(world, config).to(device)
+    run.print_start(policy)
 
-        if run.stage == 0:
-            player = fit(player, sft_objective, sft_responses(world), 0, run)           # p_0
-        for t in run.unfinished(range(config.iters)):
-            opponent = copy.deepcopy(player if config.opponent == "previous" else run.policy(0))
-            responses = self_play(opponent, config, t, run)                             # y' ~ p_t
-            player = fit(player, OBJECTIVES[config.method], responses, t + 1, run)      # p_{t+1}
-        run.close()
+    if run.t == 0:
+        policy = fit(policy, sft_objective, sft_responses(world), 0, run)       # p_0
+    for t in run.unfinished(range(config.iters)):
+        opponent = policy if config.opponent == "previous" else run.policy(0)   # p_t, frozen
+        responses = self_play(opponent, t, run)                                 # y' ~ p_t
+        policy = fit(policy, OBJECTIVES[config.method], responses, t + 1, run)  # p_{t+1}
+    run.close()
 
 
-def new_player(world, config) -> GPT:
+def new_policy(world, config) -> GPT:
     """A GPT with fresh weights, or with those of --init."""
     torch.manual_seed(config.seed)
     n_vocab = world.encoding.n_vocab
-    player = load_gpt2(Path(config.init), n_vocab) if config.init else GPT(GPTConfig(
+    return load_gpt2(Path(config.init), n_vocab) if config.init else GPT(GPTConfig(
         n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd))
-    player.block_dtype = getattr(torch, config.precision)
-    return player
 
 
 if __name__ == "__main__":

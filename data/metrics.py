@@ -1,181 +1,126 @@
-"""What is known exactly because we made the data: KL(p_data‖p_θ), the theory's figures, by splits.
+"""What is known exactly because we made the data: KL(p_data‖p_θ), and what the theory predicts.
 
-A prompt has few responses y with p_data(y|x) > 0, so every expectation over p_data is a short sum;
-whatever probability the policy keeps beyond them is its off-support mass.
+A prompt has few responses y with p_data(y|x) > 0, so every expectation over p_data is a short sum.
+Whatever probability the policy keeps beyond them is its off-support mass.
 
-Reading order: `evaluate` → `exact_figures`, `loss_figures`, `theory` → `theorem_lam`.
-Dimensions: P prompts, N responses, K responses that p_data gives one prompt, B pairs. Nats.
+All of these are sums over *known* responses: those of p_data and those that were sampled. Subtle: a
+quantity that needs all strings, such as the entropy of p_θ, is no such sum, for the probability on
+unknown strings would be left out. `expectation` in sample.py estimates it from samples.
+
+Reading order: `evaluate` → `exact_metrics` → `loss_metrics` → `theory_metrics`.
+Dimensions: P prompts, N responses. Log-probs and losses in nats.
 """
-import math
-
 import numpy as np
 import torch
 
-from data.responses import all_logps, pairs
-from spin_loss import LOSSES, loss_floor, loss_slopes, optimal_next_policy
+from data.responses import response_logps
+from spin_loss import THEOREM_LAM, loss_floor, optimal_next_policy, pair_loss
 
 
-def evaluate(policy, responses, world, config, stage) -> dict[str, dict]:
-    """Exact figures of a policy, for each split: means over its prompts.
+@torch.no_grad()
+def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
+    """The metrics of a policy on its way to p_t, for each split: means over its prompts.
 
-    `stage` is the index t of the policy p_t that is being made; from 1 on `responses` hold the
-    samples of the opponent that it is trained against. The loss of SFT, which makes p_0, has the
-    entropy of p_data for its floor. predicted_kl says how far the theorem's prediction is from
-    p_data, predicted_tv how far the policy is from that prediction.
+    From t = 1 on, `responses` hold samples of the opponent against which it is trained.
+    predicted_kl says how far Theorem 5.4's prediction is from p_data, predicted_tv how far the
+    policy is from that prediction. A metric that there is none of is None.
     """
-    player_N = all_logps(policy, responses.trees, config.logprob)
-    figure_P = exact_figures(player_N, responses)
-    figure_P |= loss_figures(player_N, responses, world, config, stage)
-    length_P = sum_P(responses, responses.data_N * responses.trees.length_N)
-    found = {}
-    for split, prompts in world.splits.items():
-        families = {}
-        for p in prompts:
-            families.setdefault(world.rows[p]["family"], []).append(float(figure_P["kl"][p]))
-        found[split] = {name: None if x_P is None else float(x_P[prompts].mean())
-                        for name, x_P in figure_P.items()}
-        found[split]["families"] = {name: sum(kls) / len(kls) for name, kls in families.items()}
-        found[split]["nll_per_token"] = found[split]["nll"] / float(length_P[prompts].mean())
-    found["train"]["shown"] = [shown(player_N, responses, world, p) for p in world.shown()]
+    metric_P, shown = {}, {p: None for p in world.shown()}
+    for part in responses.parts(range(len(world.prompts)), policy.head_weight.device):
+        player_PN = response_logps(policy, part, config.logprob).double()
+        found = exact_metrics(player_PN, part) | loss_metrics(player_PN, part, config, t, world)
+        predicted_PN = None
+        if has_prediction(config, t, world):
+            predicted_PN = prediction(part, config)
+            found |= theory_metrics(player_PN, predicted_PN, part)
+        for name, x_P in found.items():
+            metric_P.setdefault(name, np.empty(len(world.prompts)))[part.prompts] = x_P.cpu()
+        for i, p in enumerate(part.prompts):
+            if p in shown:
+                index = [responses.tables[p].responses.index(y) for y in likeliest(world.data[p])]
+                shown[p] = [None if x_PN is None else x_PN[i, index].exp().tolist()
+                            for x_PN in (player_PN, predicted_PN)]
+    found = {split: means(metric_P, prompts, world) for split, prompts in world.splits.items()}
+    found["train"]["shown"], found["train"]["shown_predicted"] = map(list, zip(*shown.values()))
     return found
 
 
-def sum_P(responses, x_N):
-    """Σ over the responses of each prompt, [P]."""
-    return np.bincount(responses.prompt_N, weights=x_N)
+NAMES = ("kl", "tv", "off_support", "sampled_wrong", "predicted_kl", "predicted_tv", "loss",
+         "loss_floor", "logp_real", "logp_generated", "margin")
 
 
-def exact_figures(player_N, responses) -> dict:
+def means(metric_P, prompts, world) -> dict:
+    """The means over some prompts, and the KL of each family of them."""
+    found = {name: float(metric_P[name][prompts].mean()) if name in metric_P else None
+             for name in NAMES}
+    families = {}
+    for p in prompts:
+        families.setdefault(world.rows[p]["family"], []).append(float(metric_P["kl"][p]))
+    found["families"] = {name: sum(kls) / len(kls) for name, kls in families.items()}
+    length = np.mean([sum(share * len(y) for y, share in world.data[p].items()) for p in prompts])
+    found["nll"] = -found["logp_real"]
+    found["nll_per_token"] = found["nll"] / float(length)
+    return found
+
+
+def exact_metrics(player_PN, part) -> dict:
     """KL, total variation, off-support mass, how much of it is on responses that were sampled, and
-    the mean log p of real responses, with either sign; [P] each."""
-    right_N, p_N = responses.data_N > 0, np.exp(player_N)
-    log_data_N = np.log(np.where(right_N, responses.data_N, 1))
-    off_P = 1 - sum_P(responses, np.where(right_N, p_N, 0))
-    apart_N = np.where(right_N, np.abs(responses.data_N - p_N), 0)
-    logp_P = sum_P(responses, responses.data_N * player_N)
-    return {"kl": sum_P(responses, responses.data_N * log_data_N) - logp_P,
-            "tv": (sum_P(responses, apart_N) + off_P) / 2, "off_support": off_P,
-            "sampled_wrong": sum_P(responses, np.where(right_N, 0, p_N)),
-            "logp_real": logp_P, "nll": -logp_P}
+    the mean log p of real responses; [P] each."""
+    data_PN, right_PN = part.data_PN.double(), part.data_PN > 0
+    p_PN = player_PN.exp() * part.is_response_PN
+    off_P = 1 - (p_PN * right_PN).sum(1)
+    logp_real_P = (data_PN * player_PN).sum(1)
+    return {"kl": torch.xlogy(data_PN, data_PN).sum(1) - logp_real_P,
+            "tv": (((data_PN - p_PN).abs() * right_PN).sum(1) + off_P) / 2, "off_support": off_P,
+            "sampled_wrong": (p_PN * ~right_PN).sum(1), "logp_real": logp_real_P}
 
 
-def loss_figures(player_N, responses, world, config, stage) -> dict:
-    """The method's own loss, what the theory says of it, and the log-probs behind it, [P] each.
+def loss_metrics(player_PN, part, config, t, world) -> dict:
+    """The loss, the least that it can be, and the log-probs behind it, [P] each.
 
-    The loss is exact over y ~ p_data; y' has the shares that training gives it (`known_shares`).
+    The loss is exact over y ~ p_data; y' has the weights that training gives it. Its floor has the
+    same weights. The loss of SFT has the entropy of p_data for its floor. Where p_data is known by
+    its samples alone, there is no floor.
     """
-    figure_P = dict.fromkeys(("predicted_kl", "predicted_tv", "loss", "loss_floor",
-                              "logp_generated", "margin"))
-    if stage == 0 or config.method == "sft":
-        entropy_N = -responses.data_N * np.log(np.where(responses.data_N > 0, responses.data_N, 1))
-        figure_P["loss"] = -sum_P(responses, responses.data_N * player_N)
-        figure_P["loss_floor"] = None if world.empirical else sum_P(responses, entropy_N)
-    if stage == 0:
-        return figure_P
-    ratio_N = player_N - responses.opponent_N
-    figure_P["logp_generated"] = sum_P(responses, responses.generated_N * player_N)
-    figure_P["margin"] = config.lam * sum_P(
-        responses, (responses.data_N - responses.generated_N) * ratio_N)
-    if config.method == "spin":
-        figure_P["loss"] = pair_loss(ratio_N, responses, config, "data_N")
-        if not (world.empirical or config.history or config.anchor == "sft"):
-            figure_P |= theory(player_N, responses, config)
-    if config.method == "dpo":
-        figure_P["loss"] = pair_loss(ratio_N, responses, config, "generated_N", ranked=True)
-    return figure_P
+    data_PN, generated_PN = part.data_PN.double(), part.generated_PN.double()
+    opponent_PN, found = part.opponent_PN.double(), {}
+    if t > 0:
+        found["logp_generated"] = (generated_PN * player_PN).sum(1)
+        found["margin"] = config.lam * (
+            (data_PN - generated_PN) * (player_PN - opponent_PN)).sum(1)
+    if t == 0 or config.method == "sft":
+        found["loss"] = -(data_PN * player_PN).sum(1)
+        floor_P = -torch.xlogy(data_PN, data_PN).sum(1)
+    else:
+        found["loss"] = pair_loss(player_PN, opponent_PN, data_PN, generated_PN, config.lam,
+                                  config.loss)
+        floor_P = loss_floor(data_PN.log(), generated_PN.log())
+        if config.loss != "logistic":
+            floor_P = None
+    if floor_P is not None and not world.empirical:
+        found["loss_floor"] = floor_P
+    return found
 
 
-def pair_loss(ratio_N, responses, config, first, ranked=False, most=1 << 20):
-    """The mean loss over the pairs of each prompt, [P]; some prompts at a time, to bound memory."""
-    first_N, second_N, loss_P = getattr(responses, first), responses.generated_N, []
-    first_response, P = responses.trees.first_response, len(responses.trees.answer_P)
-    chunk = max(1, most * P // max(1, int((np.diff(first_response) ** 2).sum())))
-    for p in range(0, P, chunk):
-        rows = slice(first_response[p], first_response[min(P, p + chunk)])
-        prompt_N = responses.prompt_N[rows] - p
-        i_B, j_B, weight_B = pairs(prompt_N, first_N[rows], second_N[rows])
-        if ranked:  # DPO's oracle prefers what p_data prefers
-            weight_B = weight_B * (responses.data_N[rows][i_B] > responses.data_N[rows][j_B])
-        ratios = (torch.from_numpy(ratio_N[rows][index_B]) for index_B in (i_B, j_B))
-        loss_B = LOSSES[config.loss](*ratios, config.lam, config.mu).numpy()
-        count = min(P, p + chunk) - p
-        total_P = np.bincount(prompt_N[i_B], weights=weight_B * loss_B, minlength=count)
-        if ranked:
-            total_P /= np.maximum(1e-3, np.bincount(prompt_N[i_B], weights=weight_B,
-                                                    minlength=count))
-        loss_P.append(total_P)
-    return np.concatenate(loss_P)
+def has_prediction(config, t, world) -> bool:
+    """Whether Theorem 5.4 says where this iteration ends."""
+    return (t > 0 and config.method == "spin" and config.anchor != "sft"
+            and config.loss in THEOREM_LAM and not world.empirical)
 
 
-def theory(player_N, responses, config) -> dict:
-    """The loss's floor, KL(p_data‖prediction) by Theorem 5.4 and TV(policy, prediction), [P]."""
-    lam = theorem_lam(config.loss, config.lam, config.mu)
-    P = len(responses.trees.answer_P)
-    names = ["loss_floor"] if config.loss == "logistic" else []
-    names += ["predicted_kl", "predicted_tv"] if lam else []
-    figure_P = {name: np.empty(P) for name in names}
-    for prompts, rows_PK in by_support(responses):
-        log_data_PK = torch.from_numpy(np.log(responses.data_N[rows_PK]))
-        opponent_PK = torch.from_numpy(responses.opponent_N[rows_PK])
-        if config.loss == "logistic":
-            figure_P["loss_floor"][prompts] = loss_floor(log_data_PK, opponent_PK).numpy()
-        if lam:
-            predicted_PK = optimal_next_policy(log_data_PK, opponent_PK, lam)
-            player_PK = torch.from_numpy(player_N[rows_PK]).exp()
-            kl_P = (log_data_PK.exp() * (log_data_PK - predicted_PK)).sum(1)
-            apart_P = (predicted_PK.exp() - player_PK).abs().sum(1) + 1 - player_PK.sum(1)
-            figure_P["predicted_kl"][prompts] = kl_P.numpy()
-            figure_P["predicted_tv"][prompts] = apart_P.numpy() / 2
-    return figure_P
+def prediction(part, config):
+    """Theorem 5.4's log p_{t+1}, [P, N]; −∞ for wrong responses and padding."""
+    lam = THEOREM_LAM[config.loss](config.lam)
+    return optimal_next_policy(part.data_PN.double().log(), part.opponent_PN.double(), lam)
 
 
-def by_support(responses, most=1 << 22):
-    """Yield (prompts, rows_PK) of prompts to which p_data gives equally many responses, K.
-
-    So they form a table without padding. A few at a time: the floor needs P·K² numbers.
-    """
-    right_N = np.flatnonzero(responses.data_N > 0)
-    count_P = np.bincount(responses.prompt_N[right_N])
-    first_P = np.cumsum(count_P) - count_P
-    for K in np.unique(count_P):
-        prompts = np.flatnonzero(count_P == K)
-        chunk = max(1, most // int(K) ** 2)
-        for start in range(0, len(prompts), chunk):
-            some = prompts[start:start + chunk]
-            yield some, right_N[first_P[some][:, None] + np.arange(K)]
-
-
-def theorem_lam(loss, lam, mu=1.0):
-    """The λ with which Theorem 5.4 gives this loss's exact optimum, or None if it does not.
-
-    At the optimum of a loss ℓ(λ(r − s)) each pair is balanced, p₊ ∂L/∂r(Δ, 0) = −p₋ ∂L/∂s(0, Δ),
-    and for a loss f(r) + g(s) the same holds for each response with p_data and p_t in place of p₊
-    and p₋. So where log(−∂L/∂s(0, x) / ∂L/∂r(x, 0)) is c·x for every x, Theorem 5.4 holds with c
-    for λ: c = λ for the logistic loss, 2λ for the exponential. A loss f(r) + g(s) needs c = 1 (then
-    it aims at p_data), since otherwise the normalisation of p_θ moves the optimum.
-
-    >>> theorem_lam("exponential", lam=1.0), theorem_lam("space", lam=5.0)
-    (2.0, 1.0)
-    >>> theorem_lam("hinge", lam=1.0) is None  # flat beyond u = 1
-    True
-    """
-    slopes = lambda r, s: loss_slopes(loss, r / lam, s / lam, lam, mu)
-    rates = []
-    for x in (-1.5, -0.5, 0.5, 1.5):
-        real_slope, generated_slope = slopes(x, 0.0)[0], slopes(0.0, x)[1]
-        if not real_slope < 0 < generated_slope:
-            return None
-        rates.append(math.log(-generated_slope / real_slope) * lam / x)
-    if min(rates) < 1e-6 or max(rates) - min(rates) > 1e-6:
-        return None
-    depends_on_difference = np.allclose(slopes(0.5, 0.0), slopes(1.5, 1.0), rtol=1e-9, atol=0)
-    return round(rates[0], 6) if depends_on_difference or abs(rates[0] - 1) < 1e-6 else None
-
-
-def shown(player_N, responses, world, p) -> list[float]:
-    """p_θ of each response that p_data gives prompt p, in the order of the data file."""
-    first, number_of = responses.trees.first_response[p], responses.trees.responses[p].index
-    return [math.exp(player_N[first + number_of(y)]) for y in likeliest(world.data[p])]
+def theory_metrics(player_PN, predicted_PN, part) -> dict:
+    """KL(p_data‖prediction), and the total variation of the policy and the prediction; [P] each."""
+    data_PN, right_PN = part.data_PN.double(), part.data_PN > 0
+    log_ratio_PN = torch.where(right_PN, data_PN.log() - predicted_PN, 0.0)
+    p_PN = player_PN.exp() * right_PN
+    apart_P = (p_PN - predicted_PN.exp()).abs().sum(1) + 1 - p_PN.sum(1)
+    return {"predicted_kl": (data_PN * log_ratio_PN).sum(1), "predicted_tv": apart_P / 2}
 
 
 def likeliest(probabilities, most=8) -> dict:

@@ -1,17 +1,17 @@
-"""Files that are whole or not there, that cannot be damaged unnoticed and that run no code.
+"""Files that are whole or not there, and that run no code: any file of a run, and a saved policy.
 
-Reading order: `write` → `save`, `load` → `guarded` → `append` → `lock`.
+Reading order: `write` → `save`, `load` → `save_policy`, `load_policy`.
 """
-import hashlib
 import io
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from data.errors import InputError
+from data import InputError
+from data.tokenizer import build_encoding, dump_ranks, parse_ranks
+from model import GPT, GPTConfig
 
 
 def write(path, data: bytes):
@@ -30,10 +30,10 @@ def write(path, data: bytes):
 
 
 def save(path, content: dict):
-    """torch.save, and behind it the SHA-256 of what it wrote, which torch.load does not mind."""
+    """`torch.save`, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    write(path, buffer.getvalue())
 
 
 def load(path) -> dict:
@@ -42,53 +42,40 @@ def load(path) -> dict:
     Raises InputError if the file is missing, damaged or something else.
     """
     try:
-        data = Path(path).read_bytes()
+        return dict(torch.load(path, weights_only=True, map_location="cpu"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise InputError(f"{path}: damaged, or not written by train.py: its digest does not match")
-    with guarded(path):
-        content = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        return dict(content)
+    except Exception as error:  # torch raises whatever the damage leads to
+        raise InputError(f"{path}: damaged, or not written by train.py "
+                         f"({type(error).__name__})") from None
 
 
-@contextmanager
-def guarded(path):
-    """Turn whatever a forged file sets off while it is read into one line.
+def save_policy(path, model: GPT, world):
+    """Weights, sizes, tokenizer and p_data in one file, so that sample.py needs nothing else."""
+    rows = {row["prompt"]: {"responses": row["responses"], "split": row["split"]}
+            for row in world.rows}
+    save(path, {"model": model.state_dict(), "config": vars(model.config),
+                "ranks": dump_ranks(world.encoding._mergeable_ranks),
+                "pattern": world.encoding._pat_str, "world": json.dumps(rows)})
 
-    The tokenizer's library panics with a BaseException, hence the wide net.
+
+def load_policy(path):
+    """Returns (model, tiktoken.Encoding, {prompt: {"responses": p_data, "split": …}}).
+
+    Raises InputError for a file that save_policy did not write.
     """
+    saved = load(path)
     try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
+        with torch.device("meta"):  # sizes alone: if they are wrong, they fill no memory
+            model = GPT(GPTConfig(**saved["config"]))
+        model.load_state_dict(saved["model"], assign=True)  # all names and shapes must agree
+        encoding = build_encoding(parse_ranks(saved["ranks"], path), saved["pattern"])
+        if encoding.n_vocab != model.config.vocab_size:
+            raise ValueError("its tokenizer and its weights disagree")
+        return model, encoding, json.loads(saved["world"])
+    except InputError:
         raise
-    except BaseException as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not a file that train.py wrote "
+    except Exception as error:
+        reason = str(error).split("\n")[0][:120]
+        raise InputError(f"{path}: not a policy that train.py wrote "
                          f"({type(error).__name__}: {reason})") from None
-
-
-def append(path, rows):
-    """Rows at the end of metrics.jsonl. A torn row does no harm: latest.pt does not count it."""
-    try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, then "
-                         f"--resume") from None
-
-
-def lock(file) -> bool:
-    """Hold an open file until this process ends, however it ends. False if another holds it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

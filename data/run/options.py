@@ -1,17 +1,24 @@
 """A dataclass as a command line: each field is a flag with its default, its reason and its limits.
 
-Reading order: `option` → `check_limits` → `parse_args` → `command`.
+Reading order: `option` → `make_plain`, `check_limits` → `parse_args` → `command` → `prepare`, which
+reads the files that the flags name.
 """
 import argparse
 import math
 import os
 import sys
 from dataclasses import field, fields
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
-from data.errors import InputError, nearest
-from data.run.parallel import leave
+from data import InputError
+from data.gpt2 import load_gpt2
+from data.run.parallel import ranks, start
+from data.tokenizer import load_encoding
+from data.world import World, hold_out, read_world
 
 TINY = 1e-12  # as a limit: "more than 0"
 
@@ -26,16 +33,27 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def make_plain(config):
+    """Let values of numpy's and pathlib's types be Python's own; ~ is the home folder."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        value = value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, Path) or (f.type is str and str(value).startswith("~")):
+            value = str(Path(value).expanduser())
+        if f.type is float and type(value) is int:
+            value = float(value)
+        setattr(config, f.name, value)
+
+
 def check_limits(config):
     """Raise InputError for the first value that is out of range."""
     for f in fields(config):
         value, flag = getattr(config, f.name), flag_of(f.name)
         low, high, choices = (f.metadata[name] for name in ("low", "high", "choices"))
+        if type(value) is not f.type and f.type is not tuple:
+            raise InputError(f"{flag} {value!r}: must be of type {f.type.__name__}")
         if choices and value not in choices:
-            raise InputError(f"{flag} {value}: use one of {', '.join(map(str, choices))}"
-                             f"{nearest(value, choices)}")
-        if f.type in (int, float) and (value is True or not isinstance(value, (int, f.type))):
-            raise InputError(f"{flag} {value!r}: must be a number")
+            raise InputError(f"{flag} {value}: use one of {', '.join(map(str, choices))}")
         if f.type is float and not math.isfinite(value):
             raise InputError(f"{flag} {value}: must be a finite number")
         if low is not None and value < low:
@@ -48,10 +66,7 @@ def check_limits(config):
 class Parser(argparse.ArgumentParser):
     """argparse, with one line on an error instead of the whole usage."""
     def error(self, message):
-        word = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
-        flag = f"--{word.lstrip('-')}"
-        hint = nearest(flag, self._option_string_actions) if word.startswith("-") else ""
-        raise InputError(f"{message}{hint} (--help lists every flag)")
+        raise InputError(f"{message} (--help lists every flag)")
 
 
 def parse_args(kind, description, argv=None):
@@ -75,25 +90,51 @@ def command(name, work):
     """Run a script's work. Exit with 2 and one line on an InputError, with 130 after Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
         sys.stdout.reconfigure(errors="replace")  # a terminal without λ shows ?
-    status = 0
     try:
         work()
         sys.stdout.flush()
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt as stop:
-        print(f"{name}: stopped{stop}", file=sys.stderr)  # a run adds how to go on
-        status = 130
+    except KeyboardInterrupt:
+        go_on = "; go on with the same flags and --resume" if name == "train.py" else ""
+        print(f"{name}: stopped{go_on}", file=sys.stderr)
+        sys.exit(130)
     except (InputError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
-        status = 2
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
                 "allocate memory" not in str(error)):
             raise
-        print(f"{name}: not enough memory: lower --batch-size, --negatives or the model's size",
-              file=sys.stderr)
-        status = 2
-    except SystemExit as stop:  # after --help, or where process 0 has said what is wrong
-        status = stop.code or 0
-    leave(status)
+        print(f"{name}: not enough memory for a model of this size", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def prepare(config):
+    """Check everything that can be wrong before anything is trained. Returns (World, device)."""
+    check_limits(config)
+    if config.n_embd % config.n_head:
+        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
+                         f"{config.n_head}, so that every head gets an equal share")
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
+    torch.set_num_threads(config.threads)
+    device = start(config.device)
+    encoding = load_encoding(config.encoding)
+    if config.init:  # the sizes are the file's
+        sizes = vars(load_gpt2(Path(config.init), encoding.n_vocab).config)
+        vars(config).update({name: sizes[name] for name in sizes if name != "vocab_size"})
+    try:
+        rows = read_world(config.data)
+        if config.heldout:
+            rows = hold_out(rows, config.heldout, config.seed)
+        world = World(rows, encoding, config.sft_samples, config.seed, config.block_size)
+    except InputError as error:  # it names the file and the line
+        raise InputError(f"--data {error}") from None
+    if min(config.prompts_a_step(), len(world.splits["train"])) < ranks():
+        raise InputError(f"torchrun started {ranks()} processes, more than a step has prompts to "
+                         f"share; start fewer, or raise --batch-size")
+    return world, device

@@ -2,7 +2,7 @@
 
 Each process generates its share of the responses and computes the gradient of its share of a
 batch; process 0 alone prints and writes. Without torchrun there is one process, and every function
-here does nothing or the obvious.
+here does nothing or the obvious. Where one process fails, torchrun ends the others.
 """
 import os
 import sys
@@ -10,43 +10,28 @@ import sys
 import torch
 import torch.distributed as dist
 
-from data.errors import InputError
+from data import InputError
 
 
 def start(device: str) -> str:
     """Join the processes that torchrun started, if it did. Returns the device of this one.
 
-    device is "auto", "cpu", "cuda" or "mps". Raises InputError where there is no such device.
+    device is "auto", "cpu" or "cuda". Raises InputError where there is no such device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available() or (
-            device == "mps" and not torch.backends.mps.is_available()):
-        raise InputError(f"--device {device}: torch sees none here; use --device auto or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here; use --device auto or cpu")
     if "RANK" not in os.environ:
         return device
     if device == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise InputError(f"torchrun started more processes than the {gpus} GPUs of this "
-                             f"machine; lower --nproc_per_node, or use --device cpu")
-        device = f"cuda:{local}"
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
-
-
-def leave(status: int):
-    """End this process. Among several, skip Python's own clean-up: gloo's threads may abort it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 def rank() -> int:
@@ -65,25 +50,6 @@ def gather(item) -> list:
     if ranks() > 1:
         dist.all_gather_object(items, item)
     return items
-
-
-def on_process_0(work):
-    """Let process 0 alone do `work()`; returns its result in all of them.
-
-    If process 0 cannot do it, all of them end: it raises the InputError, the others just leave.
-    """
-    result, error = None, None
-    if rank() == 0:
-        try:
-            result = work()
-        except (InputError, OSError) as caught:
-            error = caught
-    result, failed = gather((result, error is not None))[0]
-    if error:
-        raise error
-    if failed:
-        raise SystemExit(2)
-    return result
 
 
 def add_gradients(model):
