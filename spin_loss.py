@@ -98,12 +98,25 @@ def pair_loss(player_PN, opponent_PN, real_PN, generated_PN, lam, loss="logistic
 # --- what the loss cannot see --------------------------------------------------------------------
 
 def mass_anchor(player_PN, opponent_PN, log_share_PN):
-    """(1 − m) log 1/m for each prompt, where m = min(1, Σ_n share_n p_θ(y_n)/p_t(y_n)). [P]
+    """−log m for each prompt, where m = min(1, Σ_n share_n p_θ(y_n)/p_t(y_n)). [P], nats.
 
-    m estimates Σ_y p_θ(y), which is 1. log_share_PN is −∞ for padding.
+    The loss depends on differences of log-ratios alone, so it does not change if p_θ of every
+    response that it sees falls by one factor: that direction is flat. Training drifts along it all
+    the same, because what lowers wrong responses also lowers the tokens that they share with right
+    ones, and nothing in the loss pushes back. What all of them lose goes to unseen strings.
+
+    m estimates Σ_y p_θ(y) = 1 from the responses at hand. A real one adds p_θ(y) itself, since its
+    share is p_t(y); any other sampled one adds its share of the samples times p_θ/p_t. The mean of
+    m over all samplings is 1 for a θ that is chosen before them. But θ is fitted to these samples,
+    and takes probability from just those wrong strings that are among them: then m falls.
+
+    −log m is the simplest penalty on that. At Theorem 5.4's optimum p_θ has only right responses,
+    so m is 1 if all of them are among the real ones, and the optimum stays where it is. The slope
+    is 1 for each nat of log m, however small the leak. m > 1 is no leak: it comes from a rare
+    response with a huge ratio. log_share_PN is −∞ for padding.
     """
-    log_m_P = (player_PN + (log_share_PN - opponent_PN)).logsumexp(dim=1).clamp(max=0)
-    return log_m_P.expm1() * log_m_P
+    log_m_P = (player_PN + (log_share_PN - opponent_PN)).logsumexp(dim=1)
+    return -log_m_P.clamp(max=0)
 
 
 # --- the theory ----------------------------------------------------------------------------------

@@ -9,17 +9,14 @@ Departures from the paper (arXiv 2401.01335):
  1. every pair (y, y') of a prompt is compared, not one y' for each y        `pair_loss`
  2. as y', responses of the SFT set have the weight p_t(y') itself           `known_shares`
  3. the mass anchor; --anchor none is the paper's loss alone                 `mass_anchor`
- 4. p_{t+1} is the average of an iteration's later weights                   `fit`
- 5. Adam; no y' of the iteration before; λ = 2 throughout
+ 4. Adam, whose rate falls to 0; λ = 2 throughout; no y' of the iteration before
 
 Dimensions: P prompts with a table of N responses each. Log-probs and losses are in nats.
 """
 import copy
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,8 +47,8 @@ class Config:
     anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
                          "the mass of the responses seen, or the SFT loss",
                          choices=("none", "mass", "sft"))
-    anchor_weight: float = option(5.0, "γ: anything from 2 to 10 holds the mass anchor; 0.2 is "
-                                  "plenty for the SFT anchor", 0, 1e6)
+    anchor_weight: float = option(2.0, "1 to 5 holds the mass anchor; 0.2 is plenty for the SFT "
+                                  "anchor", 0, 1e6)
     shares: str = option("known", "how y' are weighted: real ones by p_t itself, or all of them by "
                          "how often they were sampled, as in the paper",
                          choices=("known", "sampled"))
@@ -62,9 +59,9 @@ class Config:
     batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
                              "1024 / 16 negatives = 64 prompts, in SFT too", 1, 10**9)
     negatives: int = option(16, "responses the opponent gives to each prompt", 1, 10**6)
-    lr: float = option(8e-3, "high, as a model this small allows: progress is bounded by the "
+    lr: float = option(4e-3, "high, as a model this small allows: progress is bounded by the "
                        "steps, and the falling rate removes noise", TINY, 10)
-    sft_steps: int = option(220, "few: self-play should start from a weak model", 1, 10**9)
+    sft_steps: int = option(212, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
                               "scored once, so more cost nothing", 1, 10**6)
@@ -141,12 +138,13 @@ def fit(policy, objective, responses, t, run):
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
     player = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(player.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    # The rate is level for half of the steps, then falls to 0: the noise of y' would keep the
+    # policy off its optimum.
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: share_of_rate(step, steps, config))
-    averaged, first = copy.deepcopy(player), math.floor(steps * (1 - 0.2))
-    learner = player, averaged, optimizer, schedule
+        optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
+    learner = player, optimizer, schedule
     batches = prompt_batches(train, steps, config, t)
-    for step in range(run.restore(*learner), steps):
+    for step in range(run.restore(learner), steps):
         optimizer.zero_grad()
         for part in responses.parts(batches[step][rank()::ranks()], run.device):
             (objective(player, part, config).sum() / len(batches[step])).backward()
@@ -154,21 +152,9 @@ def fit(policy, objective, responses, t, run):
         clip_gradients(player, config.max_grad_norm, t, step)
         optimizer.step()
         schedule.step()
-        if step >= first:  # the running mean of the weights since then
-            with torch.no_grad():
-                for mean, p in zip(averaged.parameters(), player.parameters()):
-                    mean.lerp_(p, 1 / (step + 1 - first))
-        policy = averaged if step >= first else player
-        run.report(t, step + 1, steps, responses, policy, learner)
-    show_responses(policy, run)
-    return policy
-
-
-def share_of_rate(step, steps, config) -> float:
-    """The learning rate of a step, as a share of --lr: up, level, and down in the second half."""
-    warmup = max(1, min(20, steps // 2))
-    fallen = max(0.0, 2 * step / steps - 1)  # 0 until half of the steps are done, then up to 1
-    return min(1.0, (step + 1) / warmup) * (1 - (1 - 0.05) * fallen)
+        run.report(t, step + 1, steps, responses, learner)
+    show_responses(player, run)
+    return player
 
 
 def clip_gradients(player, norm, t, step):
@@ -269,8 +255,10 @@ def new_policy(world, config) -> GPT:
     """A GPT with fresh weights, or with those of --init."""
     torch.manual_seed(config.seed)
     n_vocab = world.encoding.n_vocab
-    return load_gpt2(Path(config.init), n_vocab) if config.init else GPT(GPTConfig(
-        n_vocab, config.block_size, config.n_layer, config.n_head, config.n_embd))
+    if config.init:
+        return load_gpt2(config.init, n_vocab, config.n_head)
+    return GPT(GPTConfig(n_vocab, config.block_size, config.n_layer, config.n_head,
+                         config.n_embd))
 
 
 if __name__ == "__main__":

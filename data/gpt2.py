@@ -1,70 +1,151 @@
 """GPT-2's published weights as the start of a run: --init model.safetensors (see data/GPT2.md).
 
-GPT-2 stores its matrices transposed (as "Conv1D"). Its last token, <|endoftext|>, becomes END:
-GPT-2 knows already that a text is over there. ANSWER is new; its row is the mean of all rows.
+What changes between GPT-2's file and model.py:
+
+    c_attn.weight [D, 3D]  →  [3D, D]: GPT-2 multiplies x @ W ("Conv1D"), nn.Linear x @ Wᵀ
+    wte.weight's last row  →  END's row: GPT-2 knows <|endoftext|> as the end of a text
+    (no such token)        →  ANSWER's row, before END's: the mean of all rows
+
+Reading order: `read_safetensors` → `read_file` → `our_layout` → `config_of` → `load_gpt2`.
+Dimensions: V tokens in the file, D width.
 """
 import json
+import pickle
+import re
+from pathlib import Path
 
 import torch
 
-from data.errors import InputError
+from data import InputError
 from model import GPT, GPTConfig
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool}  # these two for masks
-MASKS = (".attn.bias", ".attn.masked_bias")  # what is causal; the model makes its own
+          "U8": torch.uint8, "BOOL": torch.bool}  # the last two occur in masks
 CONV1D = ("c_attn.weight", "c_fc.weight", "c_proj.weight")
+MASKS = (".attn.bias", ".attn.masked_bias")  # what is causal; model.py makes its own
+WRAPPERS = re.compile(r"\b(_orig_mod|module|model|transformer)\.")  # what others put before names
+
+COMPUTES = {  # field of config.json: its values for which model.py computes the same function
+    "model_type": ["gpt2"],
+    "architectures": [["GPT2LMHeadModel"], ["GPT2Model"], None],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast",
+                            "gelu_accurate"],  # five names of one function
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+    "tie_word_embeddings": [True]}
+
+OTHERS = {  # part of a name in a file: what such a file is, and what to do
+    "model_args": "a checkpoint of nanoGPT, whose GELU is another; give Hugging Face's GPT-2",
+    "config": "an iteration that train.py saved; sample.py reads it, --resume goes on with its run",
+    "lora_": "a LoRA adapter alone; merge it into its model (merge_and_unload) and save that",
+    "weight_map": "the list of a model's parts; save it with a larger max_shard_size, in one file"}
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """Eight bytes give the header's length; the header is JSON; then come the numbers, mapped."""
-    size = path.stat().st_size
-    file, tensors = torch.from_file(str(path), size=size, dtype=torch.uint8), {}
-    end = start = 8 + int.from_bytes(file[:8].tolist(), "little")
-    if start > size:
-        raise ValueError(f"its header would end at byte {start} of {size}; it may be cut")
-    header = json.loads(bytes(file[8:start].numpy()))
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, count = DTYPES.get(entry["dtype"]), torch.Size(entry["shape"]).numel()
-        first, last = (start + offset for offset in entry["data_offsets"])
-        if not (dtype and end <= first <= last <= size and last - first == count * dtype.itemsize):
-            raise ValueError(f"{name} {entry} ends after byte {size}, overlaps, or is not floats")
-        tensors[name], end = file[first:last].clone().view(dtype).view(entry["shape"]), last
+    """Eight bytes give the header's length; the header is JSON; then come the numbers."""
+    size, tensors = path.stat().st_size, {}
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            raise EOFError("the header is cut")
+        header = json.loads(file.read(start - 8))
+        header.pop("__metadata__", None)
+        # The format allows no gaps and no overlaps, so the file is read from front to end.
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            if file.tell() != start + first or start + last > size:
+                raise EOFError("the numbers are cut")
+            numbers = bytearray(file.read(last - first))
+            tensors[name] = torch.frombuffer(numbers, dtype=DTYPES[entry["dtype"]]).view(
+                entry["shape"])
     return tensors
 
 
-def config_of(weights, beside, n_vocab) -> GPTConfig:
-    """Sizes from the shapes; n_head from config.json beside the file, else 64 numbers a head."""
-    (V, D), T = weights["wte.weight"].shape, len(weights["wpe.weight"])
-    says = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
-    n_head, gelu = says.get("n_head", 0 if D % 64 else D // 64), says.get("activation_function")
-    if n_head not in range(1, D + 1) or D % n_head or gelu not in (None, "gelu_new"):
-        raise ValueError(f"config.json: {n_head} heads cannot share {D} numbers, or {gelu!r}")
-    if V != n_vocab:
-        raise ValueError(f"it has {V - 1} tokens, --encoding makes {n_vocab - 1}; GPT-2's is gpt2")
-    return GPTConfig(V, T, sum(name.endswith("ln_1.bias") for name in weights), int(n_head), D)
+def read_file(path) -> dict[str, torch.Tensor]:
+    """Tensors by name; no code in the file runs. InputError says what another kind of file is."""
+    if path.suffix == ".safetensors":
+        found = read_safetensors(path)
+    elif path.suffix == ".json":
+        found = json.loads(path.read_text("utf-8"))
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    names = [WRAPPERS.sub("", str(name)) for name in found]
+    for part, kind in OTHERS.items():
+        if any(part in name for name in names):
+            raise InputError(f"this is {kind}")
+    for needed in ("wte.weight", "wpe.weight"):
+        if needed not in names:
+            raise InputError(f"this is not a whole GPT-2: {needed} is missing; give its state "
+                             f"dict, model.safetensors (this has {str(names)[:80]})")
+    if sum(w.nbytes for w in found.values()) > 2 * path.stat().st_size:  # 2: a head, stored once
+        raise EOFError("the tensors claim more than the file holds")
+    return found
 
 
-def load_gpt2(path, n_vocab) -> GPT:
-    """A float32 GPT with a file's weights, for an encoding of n_vocab tokens; or InputError."""
+def our_layout(found) -> dict[str, torch.Tensor]:
+    """The weights as model.py names and lays them out, in float32; the tokens are still GPT-2's."""
+    weights = {WRAPPERS.sub("", name): (w.T if name.endswith(CONV1D) else w).float().contiguous()
+               for name, w in found.items() if not name.endswith(MASKS)}
+    for name, w in weights.items():
+        if not w.isfinite().all():
+            raise InputError(f"{name!r} is not finite everywhere; give an earlier checkpoint")
+    if not weights.pop("lm_head.weight", weights["wte.weight"]).equal(weights["wte.weight"]):
+        raise InputError("its head, lm_head.weight, is not its embedding, wte.weight, as it is in "
+                         "GPT-2; model.py has one matrix for both")
+    return weights
+
+
+def config_of(weights, beside, n_head) -> GPTConfig:
+    """Sizes from the shapes. Heads: config.json's, else n_head, else one for 64 numbers."""
+    (V, D), block_size = weights["wte.weight"].shape, len(weights["wpe.weight"])
+    n_layer = sum(name.endswith("ln_1.bias") for name in weights)
+    says = dict(json.loads(beside.read_text("utf-8"))) if beside.is_file() else {}
+    sizes = {"vocab_size": [V], "n_positions": [block_size], "n_layer": [n_layer], "n_embd": [D],
+             "n_inner": [4 * D, None]}
+    for field, values in (COMPUTES | sizes).items():
+        if says.get(field, values[0]) not in values:
+            raise InputError(f"config.json beside it: {field} is {repr(says[field])[:60]}; start "
+                             f"from a model in which it is {values[0]!r}")
+    n_head = says.get("n_head", n_head or D // 64)
+    if n_head not in range(1, D + 1) or D % n_head:
+        raise InputError(f"{repr(n_head)[:20]} heads cannot share {D} numbers; n_head in a "
+                         f"config.json beside it, or else --n-head, says how many it has")
+    return GPTConfig(V + 1, block_size, n_layer, int(n_head), D)
+
+
+def load_gpt2(path, n_vocab, n_head=None) -> GPT:
+    """A float32 GPT with a file's weights, for an encoding of n_vocab tokens, ANSWER and END too.
+
+    n_head counts only where no config.json beside the file says it. Raises InputError.
+    """
+    path = Path(path)
     try:
-        found = read_safetensors(path) if path.suffix == ".safetensors" else (
-            torch.load(path, map_location="cpu", weights_only=True))
-        if sum(w.nbytes for w in found.values()) > 2 * path.stat().st_size:  # 2: a tied head
-            raise ValueError("its tensors claim more than it holds")
-        weights = {name.removeprefix("transformer."): (w.T if name.endswith(CONV1D) else w)
-                   .float().contiguous() for name, w in found.items() if not name.endswith(MASKS)}
+        weights = our_layout(read_file(path))
         wte_VD = weights["wte.weight"]
-        if not weights.pop("lm_head.weight", wte_VD).equal(wte_VD):
-            raise ValueError("its head is not its embedding, as GPT-2's is")
+        if len(wte_VD) + 1 != n_vocab:
+            raise InputError(f"it has {len(wte_VD)} tokens, --encoding makes {n_vocab - 1} with "
+                             f"END; GPT-2's is --encoding gpt2")
+        with torch.device("meta"):  # shapes without memory, for the weights are the file's
+            model = GPT(config_of(weights, path.with_name("config.json"), n_head))
         weights["wte.weight"] = torch.cat([wte_VD[:-1], wte_VD.mean(0, keepdim=True), wte_VD[-1:]])
-        with torch.device("meta"):  # shapes alone: a forged size costs no memory
-            player = GPT(config_of(weights, path.with_name("config.json"), n_vocab))
-        player.load_state_dict(weights, assign=True)  # all names and shapes must agree
-        if not all(p.isfinite().all() for p in player.parameters()):
-            raise ValueError("a weight is not finite")
-        return player
-    except Exception as error:  # a forged file may raise anything
-        raise InputError(f"--init {path}: not GPT-2's weights ({type(error).__name__}: "
-                         f"{str(error)[:250]})") from None
+        ours, theirs = ({name: tuple(w.shape) for name, w in tensors.items()}
+                        for tensors in (model.state_dict(), weights))
+        if ours != theirs:
+            name, _ = min(ours.items() ^ theirs.items())
+            raise InputError(f"{name!r} is {theirs.get(name, 'missing')} in the file, "
+                             f"{ours.get(name, 'unknown')} in GPT-2")
+        model.load_state_dict(weights, assign=True)
+        return model
+    except InputError as error:
+        problem = error
+    except (FileNotFoundError, IsADirectoryError):
+        problem = "there is no such file; give one such as gpt2/model.safetensors"
+    except pickle.UnpicklingError:  # its message advises to let the file run its code
+        problem = ("this holds Python objects, which could run code, or is not PyTorch's; give "
+                   "model.safetensors, or what torch.save(model.state_dict(), …) writes")
+    except Exception as error:  # a file that is cut may raise anything
+        problem = (f"it or config.json beside it cannot be read ({type(error).__name__}): fetch "
+                   f"them anew; what came may be cut, or no more than a Git LFS pointer")
+    raise InputError(f"--init {path}: {problem}")

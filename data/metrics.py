@@ -120,7 +120,8 @@ def theory_metrics(player_PN, predicted_PN, part) -> dict:
     log_ratio_PN = torch.where(right_PN, data_PN.log() - predicted_PN, 0.0)
     p_PN = player_PN.exp() * right_PN
     apart_P = (p_PN - predicted_PN.exp()).abs().sum(1) + 1 - p_PN.sum(1)
-    return {"predicted_kl": (data_PN * log_ratio_PN).sum(1), "predicted_tv": apart_P / 2}
+    kl_P = (data_PN * log_ratio_PN).sum(1).clamp(min=0)  # below 0 only by rounding
+    return {"predicted_kl": kl_P, "predicted_tv": apart_P / 2}
 
 
 def likeliest(probabilities, most=8) -> dict:

@@ -19,6 +19,7 @@ Reading order: `grow`, one prompt's rows → `Rows` and `Part`, what the network
 Dimensions: R rows of T places, U places that score something, S steps of all paths, P prompts with
 a table of N responses each (padded with weight 0), D width. Log-probs in nats.
 """
+import functools
 import os
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ from spin_loss import token_logps
 
 # What is read at a time: places (rows × width), and pairs in the loss's tables. On a CPU so many
 # places stay in the cache, which makes several small parts faster than a large one.
-PLACES = {"cpu": 1 << 10, "cuda": 1 << 16}
+PLACES = {"cpu": 1 << 10, "cuda": 1 << 13}
 PAIRS = 1 << 20
 
 
@@ -52,7 +53,7 @@ def grow(prompt, responses):
     """
     # Attention's cost grows with the square of a row: long responses that share little are cheaper
     # in rows of their own, although their prompt is then read more than once.
-    widest = len(prompt) + max(32, len(prompt))
+    widest = len(prompt) + max(48, len(prompt))
     rows, path, previous = [], [], ()
     for number, response in enumerate(responses):
         # path[k] is the place that has read k tokens of the response, the place of ANSWER for k = 0.
@@ -137,15 +138,15 @@ class Part:
 
 def response_logps(model, part: Part, impl="eager"):
     """log p_θ(y|x) of every response, [P, N], nats; 0 for padding. `sequence_logps`, but faster."""
-    logp_PN = torch.zeros_like(part.opponent_PN)
-    for rows in part.pieces:
-        if len(part.pieces) == 1:
-            logp_S = step_logps(model, rows, impl)
-        else:  # What a piece needs for its gradient is made again in the backward pass, not kept.
-            logp_S = checkpoint(step_logps, model, rows, impl, use_reentrant=False,
-                                preserve_rng_state=False)
-        logp_PN = logp_PN.flatten().index_add(0, rows.response_S, logp_S).view_as(logp_PN)
-    return logp_PN
+    read = step_logps
+    if len(part.pieces) > 1:
+        # What a piece needs for its gradient is made again in the backward pass instead of kept.
+        read = functools.partial(checkpoint, step_logps, use_reentrant=False,
+                                 preserve_rng_state=False)
+    logp_S = torch.cat([read(model, rows, impl) for rows in part.pieces])
+    response_S = torch.cat([rows.response_S for rows in part.pieces])
+    P, N = part.opponent_PN.shape
+    return logp_S.new_zeros(P * N).index_add(0, response_S, logp_S).view(P, N)
 
 
 def step_logps(model, rows: Rows, impl):
@@ -173,16 +174,19 @@ class ResponseTable:
         self.width = max(len(places) for places, _ in self.rows)
         weights = lambda of: np.array([of.get(y, 0.0) for y in self.responses])
         self.data_N, self.real_N, self.sampled_N = weights(data), weights(real), weights(sampled)
-        self.generated_N = self.opponent_N = self.log_share_N = np.zeros(len(self.responses))
+        self.weigh(np.zeros(len(self.responses)))  # SFT has no opponent
 
-    def weigh(self, opponent_N, n, shares):
-        """Take in log p_t of the responses, of which n were sampled."""
-        self.opponent_N, self.generated_N = opponent_N, self.sampled_N
+    def weigh(self, opponent_N, n=1, shares="sampled"):
+        """Take in log p_t of the responses. n is how many responses were sampled."""
+        generated_N = self.sampled_N
         if shares == "known":
-            self.generated_N = known_shares(self.real_N, self.sampled_N, opponent_N, n)
-        # Logs, because p_t of a long response is too small for a float.
+            generated_N = known_shares(self.real_N, self.sampled_N, opponent_N, n)
         with np.errstate(divide="ignore"):  # log 0 = −∞
-            self.log_share_N = np.where(self.real_N > 0, opponent_N, np.log(self.sampled_N))
+            # Logs, because p_t of a long response is too small for a float.
+            log_share_N = np.where(self.real_N > 0, opponent_N, np.log(self.sampled_N))
+        self.columns_NX = torch.tensor(np.stack([  # in the order of Part; 1 is no padding
+            np.ones_like(opponent_N), self.data_N, self.real_N, generated_N, opponent_N,
+            log_share_N], axis=1), dtype=torch.float32)
 
 
 def known_shares(real_N, sampled_N, opponent_N, n):
@@ -243,16 +247,12 @@ class Responses:
         pieces = [Rows.join(rows[first:first + at_a_time], N, device)
                   for first in range(0, len(rows), at_a_time)]
 
-        def padded(columns, value):
-            return to_device(pad_sequence([torch.from_numpy(x).float() for x in columns],
-                                          batch_first=True, padding_value=value), device)
-        return Part(prompts, pieces,
-                    padded([np.ones(len(table.responses)) for table in tables], 0.0) > 0,
-                    padded([table.data_N for table in tables], 0.0),
-                    padded([table.real_N for table in tables], 0.0),
-                    padded([table.generated_N for table in tables], 0.0),
-                    padded([table.opponent_N for table in tables], 0.0),
-                    padded([table.log_share_N for table in tables], -torch.inf))
+        columns_PNX = to_device(
+            pad_sequence([table.columns_NX for table in tables], batch_first=True), device)
+        is_response_PN, *weights, log_share_PN = columns_PNX.unbind(dim=2)
+        is_response_PN = is_response_PN > 0
+        return Part(prompts, pieces, is_response_PN, *weights,
+                    log_share_PN.masked_fill(~is_response_PN, -torch.inf))
 
 
 def sft_responses(world) -> Responses:

@@ -1,139 +1,187 @@
 """A world: prompts with every response they may get, read from a file, checked and tokenized.
 
     {"family": "die", "prompt": "Roll a die with 2 sides.", "responses": {"1": 0.5, "2": 0.5},
-     "split": "train"}                                   one row of JSON for each prompt
+     "split": "train"}
 
-Plain pairs {"prompt": …, "response": …} are read too, and Alpaca, Dolly and chat rows as such pairs
-(data/foreign.py); p_data is then known only by its samples.
-Whatever is wrong with a file is an InputError that says file, line and reason.
+One row of JSON is one prompt x with p_data(y|x) of each response y; "family" and "split" may be
+left out. A file of one's own may have rows of other forms, whose p_data is then known only by its
+samples:
 
-Reading order: `check_row` → `parse_lines` → `read_world` → `hold_out` → `sample_sft` → `World`.
+    {"prompt": "…", "response": "…"}
+    {"instruction": "…", "input": "…", "output": "…"}                                    Alpaca
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+
+The rows stand one a line, or in one JSON array. Whatever is wrong with a file is an InputError that
+says file, line and reason.
+
+Reading order: one row: `as_pair`, `check_row` → one file: `parse_rows`, `read_world` and its
+checks, `hold_out` → its tokens: `sample_sft`, `World`.
 """
+import difflib
 import hashlib
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from data.errors import InputError
-from data.foreign import EXAMPLE, KEYS, as_row, misspelt, no_row, read_text
-from data.tokenizer import END, frame
+from data import InputError
+from data.tokenizer import END, frame, read_text
 
 WORLD = Path(__file__).parent / "world.jsonl"
+EXAMPLE = '{"prompt": "…", "response": "…"}'
+KEYS = {"family", "prompt", "response", "responses", "split"}
 
 
 # --- one row -------------------------------------------------------------------------------------
 
-def check_row(row) -> str | None:
-    """Return what is wrong with one parsed line, in words, or None."""
-    if not isinstance(row, dict):
-        return f"expected an object, not {json.dumps(row)[:60]}; {EXAMPLE}"
-    if wrong := misspelt(row):
-        return wrong
-    found = "the keys here are " + (", ".join(map(repr, row)) or "none")[:200]
-    if not isinstance(row.get("prompt"), str):
-        return f'expected an object with a text "prompt"; {found}; {EXAMPLE}'
-    if not row["prompt"].strip():
-        return "the prompt is empty"
+def as_pair(row):
+    """A row of Alpaca or of messages as prompt and response, its other keys kept; others as is.
+
+    >>> as_pair({"instruction": "Add.", "input": "1 2", "output": "3"})
+    {'prompt': 'Add.\\n1 2', 'response': '3'}
+    """
+    match row:
+        case {"messages": [{"role": "user", "content": str(x)},
+                           {"role": "assistant", "content": str(y)}], **rest}:
+            return {"prompt": x, "response": y, **rest}
+        case {"instruction": str(x), "output": str(y), **rest}:
+            more = rest.pop("input", "")
+            return {"prompt": f"{x}\n{more}" if more else x, "response": y, **rest}
+    return row
+
+
+def check_row(row):
+    """Raise ValueError with what is wrong with a row, in words."""
+    if not isinstance(row, dict) or "prompt" not in row or (
+            ("response" in row) == ("responses" in row)) or (
+            not isinstance(row.get("responses", {}), dict)):
+        raise ValueError(f"expected a row such as {EXAMPLE}, not {json.dumps(row)[:100]}")
     if row.get("split", "train") not in ("train", "heldout"):
-        return f'split is {row["split"]!r}; use "train" or "heldout"'
-    if not isinstance(row.get("family", ""), str):
-        return "family is not a text"
-    if ("response" in row) == ("responses" in row):
-        return f'give "response": a text, or "responses": {{text: probability}}; {found}'
-    if "response" in row and not isinstance(row["response"], str):
-        return (f'the response is not a text but {json.dumps(row["response"])[:60]}; put a text in '
-                f'quotes, or one of several in each row')
-    responses = row.get("responses", {row.get("response"): 1.0})
-    if not isinstance(responses, dict) or not responses:
-        return '"responses" must map at least one response to its probability'
-    for text, p in responses.items():
+        raise ValueError(f'split is {row["split"]!r:.60}; use "train" or "heldout"')
+    for text in (row["prompt"], *row.get("responses", [row.get("response")])):
         if not isinstance(text, str) or not text.strip():
-            return "a response is empty or not a text"
+            raise ValueError(f"the prompt or a response is empty or not a text: "
+                             f"{json.dumps(text)[:60]}")
+    if "responses" in row:
+        check_probabilities(row["responses"])
+
+
+def check_probabilities(responses):
+    """Raise ValueError unless {response: p} has numbers above 0 that sum to 1."""
+    for text, p in responses.items():
         if type(p) not in (int, float) or not 0 < p <= 1 + 1e-6:  # also refuses NaN and true
-            return f"the probability of {text!r} is {p!r}; it must be a number in (0, 1]"
+            raise ValueError(f"the probability of {text!r:.60} is {p!r:.60}; it must be a number "
+                             f"in (0, 1]")
     total = math.fsum(responses.values())
     if abs(total - 1) > 1e-6:
-        return f"the probabilities sum to {total:.7g}, not to 1 within 1e-6"
-    return None
+        raise ValueError(f"the probabilities sum to {total:.7g}, not to 1 within 1e-6")
 
 
 def once(pairs) -> dict:
     """A JSON object that gives no name twice: json would keep the last and say nothing."""
-    named = dict(pairs)
-    if len(named) < len(pairs):
-        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return named
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{max(names, key=names.count)!r:.60} is given twice")
+    return dict(pairs)
 
 
 # --- one file ------------------------------------------------------------------------------------
 
-def parse_lines(path) -> list[tuple[int, dict]]:
-    """Read JSON lines as (line number, row); raise InputError with file, line, reason."""
-    rows, text = [], read_text(path)
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+def parse_rows(path):
+    """Yield (line on which it begins, row) for each row, of JSON lines or of one JSON array."""
+    text, decoder = read_text(path, path), json.JSONDecoder(object_pairs_hook=once)
+    between = re.compile(r"[\s,\[\]]*" if text.lstrip().startswith("[") else r"\s*")
+    end, number = 0, 1
+    while (at := between.match(text, end).end()) < len(text):
+        number += text.count("\n", end, at)
         try:
-            row = json.loads(line, object_pairs_hook=once)
+            row, end = decoder.raw_decode(text, at)
+            json.dumps(row, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+            row = as_pair(row)
+            check_row(row)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error.msg}); expected a row such as "
+                             f"{EXAMPLE}") from None
         except (ValueError, RecursionError) as error:
-            what = f"not a JSON object ({error})" if rows else no_row(text, error, path)
-            raise InputError(f"{path}:{number}: {what}") from None
-        try:
-            json.dumps(row, ensure_ascii=False).encode()  # refuses half a surrogate pair
-            if isinstance(row, dict):
-                row = as_row(row)
-            elif not rows:
-                raise ValueError(no_row(text, f"it is {json.dumps(row)[:60]}", path))
-            wrong = check_row(row)
-        except (ValueError, RecursionError) as error:
-            wrong = str(error)
-        if wrong:
-            raise InputError(f"{path}:{number}: {wrong}")
-        rows.append((number, row))
-    return rows
+            raise InputError(f"{path}:{number}: {error}") from None
+        yield number, row
+        number += text.count("\n", at, end)
 
 
 def read_world(path=WORLD) -> list[dict]:
-    """Read a world, or plain {"prompt", "response"} pairs, whose p_data is then empirical.
+    """Read a world, or pairs, whose p_data is then empirical.
 
-    Returns rows as in the header, in file order; those from pairs also carry "counts". Prints which
-    keys it does not use. Raises InputError naming file, line and reason.
+    Returns one row for each prompt, as in the header, in file order and with "line"; those from
+    pairs also carry "counts". Raises InputError naming file, line and reason.
     """
-    world, first_of, unused = {}, {}, {}
-    for number, row in parse_lines(path):
-        x, split = row["prompt"], row.get("split", "train")
+    rows, world = list(parse_rows(path)), {}
+    check_keys(path, rows)
+    check_splits(path, rows)
+    for number, row in rows:
+        x = row["prompt"]
         if x in world and ("responses" in row or "responses" in world[x]):
-            raise InputError(f"{path}:{number}: prompt {x!r} stands on an earlier line already, "
-                             f"line {world[x]['line']}")
-        entry = world.setdefault(x, {"family": row.get("family", "all"), "prompt": x,
-                                     "line": number, "split": split, "counts": Counter()})
-        first = first_of.setdefault(essence(x), entry)
-        if first["split"] != split:
-            but = "" if first["prompt"] == x else ", but for white space or Unicode form"
-            raise InputError(f"{path}:{number}: prompt {x!r} is in both splits{but}: line "
-                             f"{first['line']} is {first['split']}, this one {split}")
+            raise InputError(f"{path}:{number}: prompt {x!r:.60} is on line {world[x]['line']} "
+                             f"already; give all its responses there")
+        entry = world.setdefault(x, {"family": str(row.get("family", "all")), "prompt": x,
+                                     "line": number, "split": row.get("split", "train")})
         if "responses" in row:
             total = math.fsum(row["responses"].values())
             entry["responses"] = {y: p / total for y, p in row["responses"].items()}
         else:
-            entry["counts"][row["response"]] += 1
-        unused |= {key: number for key in row if key not in KEYS and key not in unused}
+            entry.setdefault("counts", Counter())[row["response"]] += 1
     for entry in world.values():
-        counts = entry.pop("counts")
-        if counts:
-            entry |= {"counts": counts,
-                      "responses": {y: c / counts.total() for y, c in counts.items()}}
-    if not any(entry["split"] == "train" for entry in world.values()):
-        raise InputError(f"{path}: no row of split train, so there is nothing to learn from")
-    if unused:
-        names = ", ".join(f"{key!r} (first on line {line})" for key, line in unused.items())
-        print(f"{path}: these keys are ignored: {names[:400]}")
+        if counts := entry.get("counts"):
+            entry["responses"] = {y: n / counts.total() for y, n in counts.items()}
+    print_notices(path, world.values())
     return list(world.values())
+
+
+def check_keys(path, rows):
+    """InputError for a misspelt "split", which would train on held-out rows; name other keys."""
+    unknown = {}
+    for number, row in rows:
+        for key in row:
+            if key in KEYS or key in unknown:
+                continue
+            if difflib.get_close_matches(key.strip().lower(), ["split"], cutoff=0.8):
+                raise InputError(f'{path}:{number}: unknown key {key!r:.60}; is it "split"?')
+            unknown[key] = number
+    if unknown:
+        names = ", ".join(f"{key!r:.60} (line {number})" for key, number in unknown.items())
+        print(f"{path}: these keys are ignored: {names[:400]}")
+
+
+def check_splits(path, rows):
+    """InputError if a prompt is in both splits, or none in train."""
+    first_of = {}
+    for number, row in rows:
+        x, split = row["prompt"], row.get("split", "train")
+        line, first, its_split = first_of.setdefault(essence(x), (number, x, split))
+        if split != its_split:
+            but = "" if x == first else ", but for white space or Unicode form"
+            raise InputError(f"{path}:{number}: prompt {x!r:.60} is in both splits{but}: line "
+                             f"{line} is {its_split}, this one {split}")
+    if not any(split == "train" for _, _, split in first_of.values()):
+        raise InputError(f"{path}: no row of split train, so there is nothing to learn from")
+
+
+def print_notices(path, world):
+    """Print what in a file has another effect than its writer may expect."""
+    copies = sum(row["counts"].total() - len(row["counts"]) for row in world if "counts" in row)
+    if copies:
+        print(f"{path}: {copies} rows repeat a prompt with its response; copies weigh the "
+              f"responses to one prompt, as probabilities in \"responses\" do, but each prompt "
+              f"counts once")
+    markers = Counter(found[0] for row in world for y in row["responses"]
+                      if (found := re.search(r"(<\|\w+\|>|</s>)$", y[-40:].rstrip())))
+    if markers:
+        marker, n = markers.most_common(1)[0]
+        print(f"{path}: {n} responses end with {marker!r}; take it off: it is learnt as plain "
+              f"characters, and each response gets an end token anyway")
 
 
 def essence(prompt: str) -> str:
@@ -142,9 +190,10 @@ def essence(prompt: str) -> str:
     >>> essence(" Cafe\\u0301\\u00a0 au lait ") == essence("Caf\\u00e9 au lait")
     True
     """
-    normal = unicodedata.normalize("NFC", prompt)
-    visible = "".join(c for c in normal if unicodedata.category(c) != "Cf")
-    return " ".join(visible.split())
+    if not prompt.isascii():
+        normal = unicodedata.normalize("NFC", prompt)
+        prompt = "".join(c for c in normal if unicodedata.category(c) != "Cf")
+    return " ".join(prompt.split())
 
 
 def hold_out(rows: list[dict], share: float, seed: int) -> list[dict]:
@@ -198,33 +247,40 @@ class World:
             self.data.append({tokens[y]: p for y, p in row["responses"].items()})
             self.real.append({tokens[y]: n / sum(counts.values()) for y, n in counts.items()})
         self.end_token = encoding.encode_single_token(END)
+        longest = [max(map(len, responses)) for responses in self.data]
         # Two tokens beyond the longest response: enough to see that a sample is not one of them.
-        self.max_new_tokens = 2 + max(len(y) for responses in self.data for y in responses)
-        self.check_lengths(block_size)
-        self.splits = {"train": self.prompts_of("train"), "heldout": self.prompts_of("heldout")}
-        if not self.splits["heldout"]:
-            del self.splits["heldout"]
+        self.max_new_tokens = 2 + max(longest)
+        self.check_lengths(longest, block_size)
+        in_split = lambda split: [p for p, row in enumerate(rows) if row["split"] == split]
+        self.splits = {split: in_split(split) for split in ("train", "heldout") if in_split(split)}
 
-    def prompts_of(self, split) -> list[int]:
-        return [p for p, row in enumerate(self.rows) if row["split"] == split]
+    def check_lengths(self, longest, block_size):
+        """InputError if a row does not fit the model; a notice if one is far longer than the rest.
 
-    def check_lengths(self, block_size):
-        """InputError if a prompt with its longest response does not fit the model."""
-        lengths = [len(prompt) + max(map(len, responses))
-                   for prompt, responses in zip(self.prompts, self.data)]
-        long, longest = sum(n > block_size for n in lengths), max(lengths)
-        if long:
-            row = self.rows[lengths.index(longest)]
-            x = row["prompt"] if len(row["prompt"]) < 60 else row["prompt"][:59] + "…"
-            raise InputError(f"{long} of {len(lengths)} rows exceed {block_size} tokens; longest "
-                             f"{longest}, line {row['line']}: --block-size {longest} would hold it "
-                             f"(its prompt {x!r} and longest response are {longest} tokens; the "
-                             f"--block-size is {block_size}, or that of the model in --init)")
+        longest[p] is the number of tokens of the longest response to prompt p.
+        """
+        lengths = [len(prompt) + n for prompt, n in zip(self.prompts, longest)]
+        most, too_long = max(lengths), sum(n > block_size for n in lengths)
+        if too_long:
+            line = self.rows[lengths.index(most)]["line"]
+            raise InputError(f"line {line}: prompt and response are {most} tokens, but the "
+                             f"--block-size is {block_size} (or that of the model in --init); it "
+                             f"is too short for {too_long} of {len(lengths)} prompts, and "
+                             f"--block-size {most} would hold them all")
+        most, median = max(longest), sorted(longest)[len(longest) // 2]
+        if most > 100 and most > 10 * median:
+            line = self.rows[longest.index(most)]["line"]
+            print(f"line {line}: a response of {most} tokens, while half of the prompts have none "
+                  f"longer than {median}. Sampling for any prompt may go on to its length, which "
+                  f"takes long; shorten it, or leave it out")
 
     def shown(self) -> list[int]:
-        """Four prompts to look at: one of each family, held-out ones first, of few responses."""
-        first_of_family = {}
-        for p in sorted(range(len(self.rows)), key=lambda p: self.rows[p]["split"] == "train"):
-            if len(self.rows[p]["responses"]) <= 6:
-                first_of_family.setdefault(self.rows[p]["family"], p)
-        return list(dict.fromkeys([*first_of_family.values(), *range(len(self.rows))]))[:4]
+        """Four prompts to look at: two of each split, of different families and few responses."""
+        shown = []
+        for prompts in [*self.splits.values()] * (4 // len(self.splits)):
+            families = {self.rows[p]["family"] for p in shown}
+            rest = [p for p in prompts if p not in shown]
+            if rest:
+                shown.append(min(rest, key=lambda p: (self.rows[p]["family"] in families,
+                                                      len(self.rows[p]["responses"]) > 6)))
+        return sorted(shown, key=lambda p: self.rows[p]["split"] != "train")

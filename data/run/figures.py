@@ -1,37 +1,62 @@
-"""The pictures of a run, drawn from the rows of metrics.jsonl: any run can be drawn again.
+"""The pictures of a run, drawn from the rows of metrics.jsonl: convergence.png and convergence.gif.
 
-    (a) distance from p_data        (b) the loss and its floor      (c) where the probability is
+    (a) distance from p_data     (b) the loss and its floor     (c) where the probability is
     (d) p_data beside p_0, p_1, … for four prompts; in convergence.gif these bars move
 
-Where the data are plain pairs, p_data is not known, and (a) shows the negative log-likelihood
-instead; (c) shows log-probabilities and (d) is left out.
+Where the data are plain pairs, p_data is not known: (a) shows the negative log-likelihood of the
+real responses instead, (c) shows log-probabilities, and (d) is left out.
 
 Reading order: the panels, (a) to (d) → `draw_convergence` and `draw_gif`, which return a file's
-bytes → `show`, a window that follows a run: `python -m data.run.figures out --follow`.
-Colours are Okabe and Ito's, which colour-blind readers tell apart.
+bytes → `Window`, which shows the panels while a run goes on.
 """
-import argparse
+import contextlib
 import functools
 import io
-import json
-import math
-import subprocess
+import os
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import torch
+
+from data.run.console import short
+from spin_loss import LOSSES
+
+# MPLBACKEND names a kind of window. A notebook sets it, also for the programs that it starts, and
+# matplotlib cannot be imported where that kind is not installed. A picture in a file needs none, so
+# matplotlib is imported without it.
+backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib
+import matplotlib.style
 from matplotlib.animation import PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-BLACK, ORANGE, SKY, GREEN, BLUE, RED = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00".split()
-SHADES = [SKY, ORANGE, GREEN, RED, BLUE]
-LARGE = {"font.size": 14, "legend.fontsize": 12, "axes.titlesize": 15, "lines.linewidth": 2}
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
+    if "matplotlib.pyplot" not in sys.modules:  # the later plots of a notebook still find it
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+# A colour has one meaning in all panels. Most are Okabe and Ito's, which colour-blind readers tell
+# apart.
+DATA, TRAIN, HELDOUT, THEORY = "black", "#0072B2", "#E69F00", "#009E73"  # THEORY: 5.4, the floor
+RIGHT, SAMPLED, LEAKED, GREY = "#56B4E9", "#F0E442", "#D55E00", "#999999"
+PURPLES = matplotlib.colormaps["Purples"]  # p_0, p_1, …, the last one darkest
+POLICY = PURPLES(0.8)
+
+
+def own_style(size):
+    """A context with matplotlib's defaults, whatever the user's matplotlibrc says."""
+    return matplotlib.style.context(["default", {
+        "font.size": size, "axes.titlesize": "medium", "legend.fontsize": "small",
+        "lines.linewidth": 2, "text.parse_math": False}])  # a $ in a prompt is a dollar
 
 
 def pick(rows, event, split="train") -> list[dict]:
@@ -39,125 +64,162 @@ def pick(rows, event, split="train") -> list[dict]:
     return [row for row in rows if row["event"] == event and row["split"] == split]
 
 
-def place(row, rows) -> float:
-    """Where a row stands on the axis of iterations: SFT ends at 0, iteration t at t."""
-    last = max(r["step"] for r in rows if r["iteration"] == row["iteration"])
-    return row["iteration"] - 1 + row["step"] / last
+def spin_reports(rows) -> tuple[list[dict], list[float]]:
+    """The reports after SFT, and their places on the axis of iterations: t ends at t."""
+    rows = [row for row in pick(rows, "step") if row["iteration"]]
+    steps = max((row["step"] for row in rows), default=1)
+    return rows, [row["iteration"] - 1 + row["step"] / steps for row in rows]
 
 
-def draw_kl(ax, rows, empirical):
-    """(a) KL at each iteration, measured and predicted; or the negative log-likelihood."""
-    key = "nll" if empirical else "kl"
+# --- the panels ----------------------------------------------------------------------------------
+
+def draw_distance(ax, rows, empirical):
+    """(a) the KL of p_0, p_1, …, and where Theorem 5.4 puts it; or the NLL."""
+    key, word = ("nll", "NLL") if empirical else ("kl", "KL")
     train, heldout = pick(rows, "iteration"), pick(rows, "iteration", "heldout")
-    highest = max(row[key] for row in train[-1:] + heldout[-1:])
-    for some, colour, mark, label in ((train, BLUE, "o-", "train prompts"),
-                                      (heldout, ORANGE, "s--", "held-out prompts")):
+    for some, colour, style, label in ((train, TRAIN, "o-", "train prompts"),
+                                       (heldout, HELDOUT, "s--", "held-out prompts")):
         if some:
-            ax.plot([r["iteration"] for r in some], [r[key] for r in some], mark, color=colour,
-                    label=label)
-            last = some[-1]
-            ax.annotate(f"{last[key]:.3g}", (last["iteration"], last[key]), color=colour,
-                        xytext=(7, 0), textcoords="offset points",
-                        va="bottom" if last[key] == highest else "top",
-                        fontsize=matplotlib.rcParams["font.size"] - 2)
-    some = [r for r in train if r["predicted_kl"]]
-    if some:
-        ax.plot([r["iteration"] for r in some], [r["predicted_kl"] for r in some], "^:",
-                color=GREEN, label="Theorem 5.4 predicts")
-    first, last = train[0][key], train[-1][key]
-    name = "−log p of a real response" if empirical else "KL(p_data‖p_θ)"
-    ax.set(xlabel="iteration (0 is SFT)", ylabel=f"{name}, nats",
-           title=f"(a) {'NLL' if empirical else 'KL'}, train: {first:.3g} → {last:.3g}")
+            ax.plot([row["iteration"] for row in some], [row[key] for row in some], style,
+                    color=colour, label=f"{label}: {some[-1][key]:.3g} at the end")
+    for row in train:
+        if row["predicted_kl"] is not None:
+            t, value = row["iteration"], row["predicted_kl"]
+            label = f"train, as Theorem 5.4 predicts: {value:.3g} at the end"
+            ax.hlines(value, t - 0.2, t + 0.2, color=THEORY, lw=3,
+                      label=label if row is train[-1] else None)
+    ax.set(title=f"(a) {word} on train prompts: {train[0][key]:.3g} → {train[-1][key]:.3g}",
+           ylabel="−log p of a real response, nats" if empirical else "KL(p_data‖p_θ), nats",
+           xlim=(-0.5, train[-1]["iteration"] + 0.5))
     if not empirical:
-        ax.set_yscale("log")
-    ax.margins(x=0.25)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend()
+        log_axis(ax)
+    finish(ax)
 
 
-def draw_loss(ax, rows):
-    """(b) the loss of each iteration beside its floor, the least that it can be."""
-    rows = [r for r in pick(rows, "step") if r["iteration"]]
-    for t in sorted({r["iteration"] for r in rows}):
-        part = [r for r in rows if r["iteration"] == t]
-        floor = part[0]["loss_floor"]
-        label = "loss (raw weights, then averaged)" if t == rows[0]["iteration"] else None
-        ax.plot([place(r, rows) for r in part], [r["loss"] for r in part], ".-", color=BLUE,
-                label=label)
+def log_axis(ax):
+    """A log axis with plain numbers, wide enough to hold at least two of … 1, 2, 5, 10, 20, …"""
+    low, high = ax.dataLim.intervaly
+    ax.set(yscale="log", ylim=(max(low, 1e-9) / 2, max(high, 1e-9) * 2))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def draw_loss(ax, rows, loss):
+    """(b) the loss in each iteration, its floor, and its value where an iteration begins."""
+    rows, places = spin_reports(rows)
+    for t in range(1, rows[-1]["iteration"] + 1):
+        here = [k for k, row in enumerate(rows) if row["iteration"] == t]
+        ax.plot([places[k] for k in here], [rows[k]["loss"] for k in here], ".-", color=TRAIN,
+                label="the loss on train prompts" if t == 1 else None)
+        floor = rows[here[0]]["loss_floor"]
         if floor is not None:
-            ax.hlines(floor, t - 1, t, color=GREEN, lw=3, label=label and "its floor")
-    if rows[-1]["method"] != "sft":
-        ax.axhline(math.log(2), color=BLACK, ls=":", label="log 2")
-    title = "(b) the loss"
-    if rows[-1]["loss_floor"] is not None:
-        title = f"(b) loss ends {rows[-1]['loss'] - rows[-1]['loss_floor']:.3f} above its floor"
-    low, high = ax.get_ylim()  # with room for the legend below the curves
-    ax.set(xlabel="iteration", ylabel="nats", title=title, xticks=ticks(rows),
-           ylim=(low - 0.35 * (high - low), high))
-    ax.legend(loc="lower right")
+            ax.hlines(floor, t - 1, t, color=THEORY, lw=3,
+                      label="its floor, the least that it can be" if t == 1 else None)
+    if rows[-1]["method"] == "spin":
+        value = LOSSES[loss](torch.zeros(()), torch.zeros(()), 1.0).item()
+        name = "log 2" if loss == "logistic" else f"{value:.3g}"
+        ax.axhline(value, color=GREY, ls=":", label=f"{name}, the loss where p_θ = p_t")
+    title, floor = "(b) the loss", rows[-1]["loss_floor"]
+    if floor is not None:
+        title = f"(b) loss ends {rows[-1]['loss'] - floor:.3f} above its floor"
+    ax.set(title=title, ylabel="nats", xlim=(-0.05, places[-1] + 0.05))
+    finish(ax)
 
 
 def draw_masses(ax, rows):
-    """(c) how much probability is on right responses, on sampled wrong ones, and elsewhere."""
-    rows = [r for r in pick(rows, "step") if r["iteration"]]
-    x = [place(r, rows) for r in rows]
-    right = [1 - r["off_support"] for r in rows]
-    sampled = [r["sampled_wrong"] for r in rows]
-    leaked = [max(0.0, 1 - a - b) for a, b in zip(right, sampled)]
-    ax.stackplot(x, right, sampled, leaked, colors=[BLUE, ORANGE, RED], labels=[
-        "right", "wrong, sampled by the opponent", "wrong, never sampled: leaks go here"])
-    for t in sorted({r["iteration"] for r in rows})[1:]:
-        ax.axvline(t - 1, color="white", lw=1.5)
-    ax.set(xlabel="iteration", ylabel="share of p_θ", ylim=(0, 1), xlim=(min(x), max(x) + 1e-9),
-           title=f"(c) wrong at the end: {rows[-1]['off_support']:.1%}", xticks=ticks(rows))
-    ax.legend(loc="lower right")
+    """(c) how much probability is on right responses, on sampled wrong ones, and elsewhere.
+
+    A report's masses fill the time since the report before; p_0's stand to the left of 0.
+    """
+    start, (rows, places) = pick(rows, "iteration")[0], spin_reports(rows)
+    x = [-places[0], 0, *places]
+    right = [1 - row["off_support"] for row in (start, start, *rows)]
+    undivided = [start["off_support"]] * 2 + [0] * len(rows)
+    sampled = [0, 0, *(row["sampled_wrong"] for row in rows)]
+    leaked = [max(0, 1 - sum(masses)) for masses in zip(right, undivided, sampled)]
+    ax.stackplot(x, right, undivided, sampled, leaked, step="pre",
+                 colors=[RIGHT, GREY, SAMPLED, LEAKED],
+                 labels=["right", "wrong, p_0 before it is sampled",
+                         "wrong, sampled by the opponent", "wrong, never sampled: leaks go here"])
+    for t in range(rows[-1]["iteration"]):
+        ax.axvline(t, color="white", lw=1.5)
+    ax.set(title=f"(c) wrong: {start['off_support']:.1%} → {rows[-1]['off_support']:.1%}",
+           ylabel="share of p_θ, train prompts", ylim=(0, 1), xlim=(x[0], x[-1]))
+    finish(ax)
 
 
 def draw_logps(ax, rows):
     """(c) for plain pairs: the log-probs behind the loss. If both fall, probability leaks."""
-    rows = [r for r in pick(rows, "step") if r["iteration"]]
-    x = [place(r, rows) for r in rows]
+    rows, places = spin_reports(rows)
     for key, colour, mark, label in (
-            ("logp_real", BLUE, "o-", "log p_θ, real responses"),
-            ("logp_generated", RED, "s-", "log p_θ, generated responses"),
-            ("margin", BLACK, "^:", "margin λ(r − s)")):
-        ax.plot(x, [r[key] for r in rows], mark, color=colour, ms=4, label=label)
-    ax.set(xlabel="iteration", ylabel="nats", title="(c) log-probabilities and margin",
-           xticks=ticks(rows))
-    ax.legend()
+            ("logp_real", DATA, "o-", "log p_θ of real responses"),
+            ("logp_generated", POLICY, "s-", "log p_θ of the opponent's responses"),
+            ("margin", LEAKED, "^:", "margin: λ × the difference of log p_θ/p_t")):
+        ax.plot(places, [row[key] for row in rows], mark, color=colour, ms=4, label=label)
+    ax.set(title="(c) log-probabilities and margin, train", ylabel="nats",
+           xlim=(-0.05, places[-1] + 0.05))
+    finish(ax)
 
 
-def ticks(rows) -> range:
-    """Whole iterations, at most about ten of them."""
-    last = rows[-1]["iteration"]
-    return range(0, last + 1, 1 + last // 10)
+def finish(ax):
+    """Whole iterations on the axis, and a legend below it, where it covers no curve."""
+    ax.set_xlabel("iteration (SFT ends at 0)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
 
 
-def draw_bars(ax, shown, series):
-    """(d) p_data beside p_θ for one prompt. series: [(label, colour, probabilities)]."""
-    names, size = [*shown["responses"], "(other)"], matplotlib.rcParams["font.size"]
-    width = 0.8 / (len(series) + 1)
-    series = [("p_data", BLACK, [*shown["responses"].values()]), *series]
-    for k, (label, colour, p) in enumerate(series):
-        left = [i + (k + 0.5 - len(series) / 2) * width for i in range(len(names))]
-        ax.bar(left, with_other(p), width, color=colour, label=label)
-    ax.set_xticks(range(len(names)), [legible(name, 13) for name in names], rotation=25,
-                  ha="right", fontsize=size - 2, parse_math=False)
-    held = "\n(held out)" if shown["split"] == "heldout" else "\n(a training prompt)"
-    ax.set(title=legible(shown["prompt"], 34) + held, ylim=(0, 1))
-    ax.title.set(fontsize=size - 1, parse_math=False)  # a $ in a prompt is a dollar
+def draw_bars(ax, prompt, policies, width):
+    """(d) p_data beside some policies, for one prompt. policies: [(colour, p, predicted)]."""
+    names = [legible(name, 12) for name in (*prompt["responses"], "(other)")]
+    bars = [(DATA, [*prompt["responses"].values()], None), *policies]
+    for k, (colour, p, predicted) in enumerate(bars):
+        draw_policy(ax, k, width, colour, p, predicted)
+    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+    held = "held out" if prompt["split"] == "heldout" else "a train prompt"
+    ax.set_title(f"{legible(prompt['prompt'], 36)}\n({held})", fontsize="small")
+    ax.set(ylim=(0, 1.02), xlim=(-0.6, len(names) - 0.4))
+
+
+def draw_policy(ax, k, width, colour, p, predicted) -> list:
+    """The bars of one policy, the k-th of those shown, and marks where Theorem 5.4 puts them."""
+    left = [i - 0.42 + k * width for i in range(len(p) + 1)]
+    artists = [*ax.bar(left, with_other(p), width, align="edge", color=colour)]
+    if predicted:
+        artists.append(ax.hlines(with_other(predicted), left, [x + width for x in left],
+                                 color=THEORY, lw=3, zorder=3))
+    return artists
 
 
 def with_other(p) -> list[float]:
-    """Probabilities and what is left for all other responses."""
+    """Probabilities, and what is left for all other responses."""
     return [*p, max(0.0, 1 - sum(p))]
 
 
+def predictions(row) -> list:
+    """Where Theorem 5.4 puts the policy of a row, for each prompt shown; None where unknown."""
+    return row.get("shown_predicted") or [None] * len(row["shown"])
+
+
+def draw_legend(figure, policies, rows, place):
+    """The colours of (d). policies: [(name, colour)]."""
+    handles = [Patch(color=colour, label=name) for name, colour in [("p_data", DATA), *policies]]
+    if any(any(predictions(row)) for row in rows):
+        handles.append(Line2D([], [], color=THEORY, lw=3, label="what Theorem 5.4 predicts for it"))
+    figure.legend(handles=handles, loc=place, ncols=len(handles), frameon=False)
+
+
+def policy_name(row) -> str:
+    """What the legend calls the policy of a row."""
+    if row["event"] == "step":
+        return "p_θ now"
+    return f"p_{row['iteration']}" + (" (SFT)" if row["iteration"] == 0 else "")
+
+
 def legible(text, longest) -> str:
-    """A text that the figure's font can draw, cut to some characters."""
+    """A text that the pictures' font can draw, cut to some characters."""
     known = characters_of_the_font()
-    text = "".join(c if ord(c) in known else "□" for c in " ".join(text.split()))
-    return text if len(text) <= longest else text[:longest - 1] + "…"
+    return short("".join(c if ord(c) in known or c.isspace() else "□" for c in text), longest)
 
 
 @functools.cache
@@ -165,172 +227,136 @@ def characters_of_the_font() -> set[int]:
     return set(FT2Font(findfont("DejaVu Sans")).get_charmap())
 
 
-def draw_convergence(rows, shown, empirical=False) -> bytes:
-    """convergence.png, from the rows so far and the prompts shown in panel (d)."""
-    figure, picture = Figure(figsize=(16, 5.5 if empirical else 10)), io.BytesIO()
-    FigureCanvasAgg(figure)
-    with matplotlib.rc_context(LARGE):
-        draw_panels(figure, rows, shown, empirical)
-        figure.savefig(picture, format="png", dpi=80)
+# --- the pictures --------------------------------------------------------------------------------
+
+def draw_convergence(rows, shown, empirical=False, loss="logistic") -> bytes:
+    """convergence.png, from the rows so far and the prompts of panel (d)."""
+    picture = io.BytesIO()
+    with own_style(13):
+        figure = Figure(figsize=(16, 5.2 if empirical else 11), dpi=80)
+        FigureCanvasAgg(figure)
+        draw_panels(figure, rows, shown, empirical, loss)
+        figure.savefig(picture, format="png")
     return picture.getvalue()
 
 
-def draw_panels(figure, rows, shown, empirical, live=False):
-    """All panels, on an empty figure. `live`: also the reports within the stage that is running."""
-    grid = figure.add_gridspec(1, 3, left=0.06, right=0.98, wspace=0.24, top=0.94,
-                               bottom=0.13 if empirical else 0.57)
-    axes, done = [figure.add_subplot(grid[i]) for i in range(3)], pick(rows, "iteration")
-    steps, now = pick(rows, "step"), done
-    if live and steps:
-        key, now = "nll" if empirical else "kl", [*done[:1], steps[-1]]
-        axes[0].plot([place(r, steps) for r in steps], [r[key] for r in steps], color=SKY, lw=1)
-    if done:
-        draw_kl(axes[0], rows, empirical)
-    if now and not empirical:
-        draw_panel_d(figure, now, shown)
-    if any(row["iteration"] for row in rows):
-        draw_loss(axes[1], rows)
+def draw_panels(figure, rows, shown, empirical, loss):
+    """All panels, on an empty figure."""
+    top, bottom = (figure, None) if empirical else figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    axes = panels(top, 3, False, wspace=0.25, bottom=0.36, top=0.93)
+    if pick(rows, "iteration"):
+        draw_distance(axes[0], rows, empirical)
+    if spin_reports(rows)[0]:
+        draw_loss(axes[1], rows, loss)
         (draw_logps if empirical else draw_masses)(axes[2], rows)
-    for ax, wait in zip(axes, ("after SFT", "in the first iteration", "in the first iteration")):
+    for ax, begin in zip(axes, ("after SFT", "in iteration 1", "in iteration 1")):
         if not ax.has_data():
-            ax.text(0.5, 0.5, f"to come {wait}", ha="center", transform=ax.transAxes)
+            ax.set(xticks=[], yticks=[])
+            ax.text(0.5, 0.5, f"begins {begin}", ha="center", transform=ax.transAxes)
+    if bottom:
+        draw_policies(bottom, rows, shown)
 
 
-def draw_panel_d(figure, done, shown):
-    """The row of bars below. Of many iterations the first, the last and some between."""
-    some = [done[i] for i in sorted({round(i) for i in np.linspace(0, len(done) - 1, 5)})]
-    grid = figure.add_gridspec(1, len(shown), left=0.06, right=0.98, wspace=0.08, top=0.40,
-                               bottom=0.09)
-    axes = [figure.add_subplot(grid[i]) for i in range(len(shown))]
-    for i, (ax, row) in enumerate(zip(axes, shown)):
-        draw_bars(ax, row, [(name(r), SHADES[k], r["shown"][i]) for k, r in enumerate(some)])
-        ax.tick_params(labelleft=i == 0)
+def panels(figure, n, sharey, **room):
+    """n axes beside each other."""
+    room |= {"left": 0.06, "right": 0.98}
+    return figure.subplots(1, n, sharey=sharey, squeeze=False, gridspec_kw=room)[0]
+
+
+def draw_policies(figure, rows, shown):
+    """(d) for each prompt. Of many iterations the first, the last and some between."""
+    done = pick(rows, "iteration")
+    if rows[-1]["event"] == "step":  # within an iteration, for the window
+        done.append(pick(rows, "step")[-1])
+    some = [done[i * (len(done) - 1) // 4] for i in range(5)] if len(done) > 5 else done
+    shades = [PURPLES(0.25 + 0.75 * (k + 1) / len(some)) for k in range(len(some))]
+    axes = panels(figure, len(shown), True, wspace=0.1, bottom=0.22, top=0.79)
+    for i, (ax, prompt) in enumerate(zip(axes, shown)):
+        policies = [(shade, row["shown"][i], predictions(row)[i])
+                    for row, shade in zip(some, shades)]
+        draw_bars(ax, prompt, policies, 0.84 / (len(some) + 1))
     axes[0].set_ylabel("(d) probability")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="center", ncols=len(some) + 1,
-                  bbox_to_anchor=(0.5, 0.485))
-
-
-def name(row) -> str:
-    """What the legend calls the policy of a row."""
-    if row["event"] == "step":
-        return "p_θ now"
-    return f"p$_{{{row['iteration']}}}$" + (" (SFT)" if row["iteration"] == 0 else "")
+    draw_legend(figure, zip(map(policy_name, some), shades), some, "upper center")
 
 
 def draw_gif(rows, shown, empirical=False) -> bytes:
-    """convergence.gif, a frame for each report: panel (d)'s bars, or the likelihood's curve."""
-    with matplotlib.rc_context({"font.size": 13}):
-        return draw_frames(pick(rows, "step"), shown, empirical)
-
-
-def draw_frames(rows, shown, empirical) -> bytes:
-    """One frame for each of the rows."""
-    figure = Figure(figsize=(15, 4.2), dpi=60)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 1 if empirical else len(shown), sharey=True, squeeze=False)[0]
-    prepare, move = (prepare_curve, move_curve) if empirical else (prepare_bars, move_bars)
-    prepare(axes, rows, shown)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
-    freeze_background(figure)
-    writer = PillowWriter(fps=4)
-    with tempfile.TemporaryDirectory() as folder:
+    """convergence.gif, a frame for each report: the bars of (d), or the curve of (a)."""
+    rows, writer = pick(rows, "step"), PillowWriter(fps=4)
+    with own_style(13), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "convergence.gif"
+        figure = Figure(figsize=(15, 4.5), dpi=60)
+        FigureCanvasAgg(figure)
+        axes = draw_still_parts(figure, rows, shown, empirical)
+        freeze(figure)
         with writer.saving(figure, path, figure.dpi):
-            for row in [*rows, *[rows[-1]] * 5]:  # the last one stays a while
-                move(axes, rows, row)
-                stage = f"iteration {row['iteration']}" if row["iteration"] else "SFT"
-                value = (f"−log p of a real response = {row['nll']:.2f} nats" if empirical else
-                         f"KL on train prompts = {row['kl']:.3f} nats (black: p_data, blue: p_θ)")
-                figure.suptitle(f"{stage}, step {row['step']}: {value}")
+            for k, row in enumerate([*rows, *[rows[-1]] * 5]):  # the last frame stays a while
+                figure.suptitle(frame_title(row, empirical))
+                artists = draw_moving_parts(axes, rows[:k + 1], empirical)
                 writer.grab_frame()
+                for artist in artists:
+                    artist.remove()
         return path.read_bytes()
 
 
-def prepare_bars(axes, rows, shown):
-    for ax, row in zip(axes, shown):
-        draw_bars(ax, row, [("p_θ", BLUE, [0] * len(row["responses"]))])
-        ax.containers[1][-1].set_height(0)  # "(other)" too: the background has no blue
-
-
-def move_bars(axes, rows, row):
-    for ax, p in zip(axes, row["shown"]):
-        for bar, height in zip(ax.containers[1], with_other(p)):
-            bar.set_height(height)
-
-
-def prepare_curve(axes, rows, shown):
-    axes[0].plot([place(r, rows) for r in rows], [r["nll"] for r in rows], color=SKY)
-    axes[0].set(xlabel="iteration (SFT ends at 0)", ylabel="nats")
-
-
-def move_curve(axes, rows, row):
-    for line in axes[0].lines[1:]:
-        line.remove()
-    axes[0].plot([place(row, rows)], [row["nll"]], "o", color=BLUE, ms=10)
-
-
-def freeze_background(figure):
-    """Replace all that never moves by a picture of it: then a frame takes a sixth of the time."""
+def freeze(figure):
+    """Put a picture in the place of all that never moves: frames are then drawn much faster."""
     figure.canvas.draw()
-    figure.figimage(np.array(figure.canvas.buffer_rgba()), zorder=-1)
+    still = np.array(figure.canvas.buffer_rgba())
+    figure.legends.clear()
     for ax in figure.axes:
         ax.set_axis_off()
+        ax.set_title("")
+    figure.figimage(still, zorder=-1)
 
 
-# --- a window that follows a run -----------------------------------------------------------------
-
-def read_run(out):
-    """(rows, prompts shown, whether p_data is unknown) of a run, also while it is being written."""
-    about = json.loads((Path(out) / "config.json").read_text("utf-8"))
-    text = (Path(out) / "metrics.jsonl").read_text("utf-8")
-    complete = text[:text.rfind("\n") + 1]  # a row may be half there
-    return [json.loads(line) for line in complete.splitlines()], about["shown"], about["empirical"]
-
-
-def show(out, follow):
-    """A window with the panels of a run. With `follow` it is redrawn at each report until the run
-    ends, and then closes; train.py holds the other end of standard input, to say so.
-    """
-    import matplotlib.pyplot as plt  # here, since it looks for a display
-    if plt.get_backend().lower() == "agg":
-        print(f"no display here: the picture is in {Path(out) / 'convergence.png'}")
-        return
-    ended = threading.Event()
-    if follow and not sys.stdin.isatty():
-        threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
-    figure, seen = plt.figure(figsize=(12, 7.5)), 0
-    figure.show()
-    while plt.fignum_exists(figure.number) and not ended.is_set():
-        rows, shown, empirical = read_run(out)
-        if len(rows) > seen:
-            seen = len(rows)
-            figure.clear()
-            with matplotlib.rc_context({"font.size": 10}):
-                draw_panels(figure, rows, shown, empirical, follow)
-        figure.canvas.draw_idle()
-        figure.canvas.flush_events()
-        figure.canvas.start_event_loop(0.3)
+def draw_still_parts(figure, rows, shown, empirical):
+    """What is the same in every frame of the GIF. Returns the axes."""
+    axes = panels(figure, 1 if empirical else len(shown), True, wspace=0.1, bottom=0.34, top=0.78)
+    if empirical:
+        axes[0].plot([row["nll"] for row in rows], color=GREY)
+        axes[0].set(xlabel="report", ylabel="−log p, nats")
+        return axes
+    for ax, prompt in zip(axes, shown):
+        draw_bars(ax, prompt, [], 0.42)
+    axes[0].set_ylabel("probability")
+    draw_legend(figure, [("p_θ", POLICY)], rows, "lower center")
+    return axes
 
 
-def open_window(out):
-    """Let a process of its own follow a run; it ends when this one does."""
-    root = Path(__file__).resolve().parents[2]
-    subprocess.Popen([sys.executable, "-m", "data.run.figures", str(Path(out).resolve()),
-                      "--follow"], stdin=subprocess.PIPE, cwd=root)
+def draw_moving_parts(axes, rows, empirical) -> list:
+    """What is new in a frame of the GIF: the curve as far as the last of the rows, or its bars."""
+    if empirical:
+        return axes[0].plot([row["nll"] for row in rows], color=TRAIN)
+    return [artist for ax, p, predicted in zip(axes, rows[-1]["shown"], predictions(rows[-1]))
+            for artist in draw_policy(ax, 1, 0.42, POLICY, p, predicted)]
 
 
-def main(argv=None):
-    """`python -m data.run.figures out`: show a run's panels in a window."""
-    parser = argparse.ArgumentParser(prog="python -m data.run.figures", description=main.__doc__)
-    parser.add_argument("out", help="the folder of a run of train.py")
-    parser.add_argument("--follow", action="store_true",
-                        help="redraw at each report, until the run ends")
-    args = parser.parse_args(argv)
-    try:
-        show(args.out, args.follow)
-    except OSError as error:
-        parser.exit(2, f"figures: {error.filename}: {error.strerror}; name a run's folder\n")
+def frame_title(row, empirical) -> str:
+    stage = f"iteration {row['iteration']}" if row["iteration"] else "SFT"
+    name, key = ("−log p", "nll") if empirical else ("KL(p_data‖p_θ)", "kl")
+    return f"{stage}, step {row['step']}: {name} = {row[key]:.3f} nats on train prompts"
 
 
-if __name__ == "__main__":
-    main()
+class Window:
+    """--show: the panels in a window, drawn anew at each report."""
+
+    def __init__(self):
+        import matplotlib.pyplot as plt  # here, since it looks for a display
+        self.figure = None
+        with own_style(9), contextlib.suppress(ImportError):  # no such kind of window here
+            figure = plt.figure(figsize=(13, 9))
+            if figure.canvas.required_interactive_framework:
+                self.figure = figure
+                figure.show()
+        if self.figure is None:
+            print("--show: there is no display here; convergence.png shows the same panels")
+
+    def redraw(self, rows, shown, empirical=False, loss="logistic"):
+        import matplotlib.pyplot as plt
+        if self.figure is None or not plt.fignum_exists(self.figure.number):
+            return  # there is no display, or the user has closed the window
+        with own_style(9):
+            self.figure.clear()
+            draw_panels(self.figure, rows, shown, empirical, loss)
+            self.figure.canvas.draw()
+        self.figure.canvas.flush_events()

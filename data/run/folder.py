@@ -127,7 +127,7 @@ class Run:
         """Say what will run, on what, and from where."""
         print_start(policy, self.config, self.world, self.t, self.state["step"])
 
-    def restore(self, *learner) -> int:
+    def restore(self, learner) -> int:
         """Give player, optimizer and schedule their saved state, if there is one. Returns how many
         steps are done."""
         state, self.state = self.state, {"step": 0}  # the stages after this one start afresh
@@ -141,11 +141,11 @@ class Run:
                                  f"afresh with --overwrite") from None
         return state["step"]
 
-    def report(self, t, step, steps, responses, player, learner):
+    def report(self, t, step, steps, responses, learner):
         """At some steps, evenly spaced, and the last one: evaluate, print and save."""
         if not is_due(step, steps, self.config.reports):
             return
-        finished = step == steps
+        player, finished = learner[0], step == steps
         found = evaluate(player, responses, self.world, self.config, t)
         seconds = time.monotonic() - self.began
         rows = [{"event": event, "method": self.config.method, "iteration": t, "step": step,
@@ -166,9 +166,9 @@ class Run:
         if finished:
             save_policy(self.out / f"iteration_{t}.pt", player, self.world)
             write(self.out / "convergence.png",
-                  draw_convergence(self.rows, self.shown, self.world.empirical))
+                  draw_convergence(self.rows, self.shown, self.world.empirical, self.config.loss))
         if self.window:
-            self.window.redraw(self.rows, self.shown, self.world.empirical)
+            self.window.redraw(self.rows, self.shown, self.world.empirical, self.config.loss)
         state = {"t": t + 1, "step": 0} if finished else {
             "t": t, "step": step, "learner": [part.state_dict() for part in learner]}
         save(self.out / "latest.pt", state | {

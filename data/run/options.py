@@ -116,24 +116,28 @@ def command(name, work):
 def prepare(config):
     """Check everything that can be wrong before anything is trained. Returns (World, device)."""
     check_limits(config)
-    if config.n_embd % config.n_head:
-        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
-                         f"{config.n_head}, so that every head gets an equal share")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite: a run goes on or is replaced; give one")
     torch.set_num_threads(config.threads)
     device = start(config.device)
     encoding = load_encoding(config.encoding)
-    if config.init:  # the sizes are the file's
-        sizes = vars(load_gpt2(Path(config.init), encoding.n_vocab).config)
+    if config.init:  # the sizes are the file's; it may leave the heads to --n-head
+        n_head = config.n_head if config.n_head != type(config).n_head else None
+        sizes = vars(load_gpt2(config.init, encoding.n_vocab, n_head).config)
         vars(config).update({name: sizes[name] for name in sizes if name != "vocab_size"})
+    if config.n_embd % config.n_head:
+        raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
+                         f"{config.n_head}, so that every head gets an equal share")
     try:
         rows = read_world(config.data)
+    except InputError as error:  # it names the file and the line
+        raise InputError(f"--data {error}") from None
+    try:
         if config.heldout:
             rows = hold_out(rows, config.heldout, config.seed)
         world = World(rows, encoding, config.sft_samples, config.seed, config.block_size)
-    except InputError as error:  # it names the file and the line
-        raise InputError(f"--data {error}") from None
+    except InputError as error:
+        raise InputError(f"--data {config.data}: {error}") from None
     if min(config.prompts_a_step(), len(world.splits["train"])) < ranks():
         raise InputError(f"torchrun started {ranks()} processes, more than a step has prompts to "
                          f"share; start fewer, or raise --batch-size")

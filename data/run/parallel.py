@@ -22,13 +22,18 @@ def start(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; use --device auto or cpu")
-    if "RANK" not in os.environ:
+    if not dist.is_torchelastic_launched():
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        except (RuntimeError, ValueError) as error:
+            names = [name for name in os.environ if name.startswith(("GLOO", "NCCL", "MASTER"))]
+            raise InputError(f"torchrun's processes cannot reach each other; look at "
+                             f"{', '.join(names)} ({str(error)[:100]})") from None
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
