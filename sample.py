@@ -7,8 +7,8 @@ of p_t, which every theorem of the paper supposes.
 
 Reading order: `next_tokens` → `generate` → `expectation` → `main`, which asks every policy that a
 run has saved.
-Dimensions: B responses in the making, P distinct prompts of at most T tokens, C tokens in the cache,
-D width, V vocabulary; N samples of one prompt.
+Dimensions: B responses in the making, P distinct prompts of at most T tokens, C tokens in the
+cache, D width, V vocabulary; N samples of one prompt.
 """
 import math
 from collections import Counter
@@ -112,7 +112,7 @@ def samples_of(model, prompt, n, *, generator, **how) -> list[list[int]]:
 def expectation(f, model, prompt, samples) -> tuple[float, float]:
     """E_{y~p_θ(·|x)} f(y), estimated from samples of p_θ, with the estimate's standard error.
 
-    This is how to get what is no sum over known responses. f(y, log p_θ(y|x)) is a number; the
+    For expectations over all strings, not only over known ones. f(y, log p_θ(y|x)) is a number; the
     entropy of p_θ is the expectation of −log p_θ(y|x), in nats:
 
         expectation(lambda y, logp: -logp, model, prompt, samples)
@@ -132,7 +132,7 @@ class SampleConfig:
     """What to ask; each field is a flag."""
     out: str = option("out", "folder of a run of train.py")
     prompt: tuple = option((), "what to ask; may be repeated; the default is four of the world's")
-    samples: int = option(1000, "responses sampled from each policy", 1, 10**7)
+    samples: int = option(1000, "responses sampled from each policy", 2, 10**7)
     show: int = option(8, "most frequent responses to list", 0)
     temperature: float = option(1.0, "1 is p_θ itself; 0 is greedy", 0, 1e6)
     top_k: int = option(0, "only the k likeliest tokens (not p_θ any more); 0: all of them", 0)
@@ -177,7 +177,8 @@ def print_answers(prompt, row, names, found, args):
     common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
     head = "".join(f"{'p_' + name:>8}" for name in names)
     split = {"heldout": "(held out)", "train": "(a training prompt)"}.get(row.get("split"), "")
-    print(f"\n{short(prompt, 80)}  {split or '(not in the data)'}\n{'p_data':>10}{head}   response")
+    data = "in data" if row.get("empirical") else "p_data"
+    print(f"\n{short(prompt, 80)}  {split or '(not in the data)'}\n{data:>10}{head}   response")
     for y, ended in dict.fromkeys([*((y, True) for y in p_data), *common]):
         truth = f"{p_data[y]:>10.3f}" if ended and y in p_data else f"{'0' if p_data else '?':>10}"
         print(truth + "".join(f"{c[y, ended] / args.samples:>8.3f}" for c in counts)
@@ -187,8 +188,8 @@ def print_answers(prompt, row, names, found, args):
         print(f"{'cut short':>10}" + "".join(f"{n / args.samples:>8.3f}" for n in cut)
               + "   … marks a response without its end; --max-new-tokens allows longer ones")
     if args.temperature == 1 and not args.top_k:
-        exact = f"{-sum(p * math.log(p) for p in p_data.values()):>10.3f}" if p_data else f"{'?':>10}"
-        print(exact + "".join(f"{entropy:>8.3f}" for _, (entropy, _) in found)
+        exact = f"{-sum(p * math.log(p) for p in p_data.values()):.3f}" if p_data else "?"
+        print(f"{exact:>10}" + "".join(f"{entropy:>8.3f}" for _, (entropy, _) in found)
               + f"   entropy, nats (± {max(error for _, (_, error) in found):.3f})")
 
 

@@ -157,20 +157,18 @@ def fit(policy, objective, responses, t, run):
     return player
 
 
-def clip_gradients(player, norm, t, step):
-    """Scale the gradient down to a norm; InputError if it is not finite."""
-    try:
-        torch.nn.utils.clip_grad_norm_(player.parameters(), norm, error_if_nonfinite=True)
-    except RuntimeError:
+def clip_gradients(player, most, t, step):
+    """Scale the gradient down to a norm of at most `most`; InputError if it is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(player.parameters(), most)
+    if not norm.isfinite():
         raise InputError(f"iteration {t}, step {step + 1}: the gradient is not finite; start "
-                         f"again with a lower --{'lr' if t else 'sft-lr'}") from None
+                         f"again with a lower --{'lr' if t else 'sft-lr'}")
 
 
 def prompt_batches(train, steps, config, t) -> list[list[int]]:
     """Which prompts each step takes: shuffled passes over all of them, by whole batches.
 
-    What does not fill a whole batch at the end of a pass is left out of that pass, so that no step
-    takes a prompt twice.
+    The incomplete batch at the end of a pass is dropped, so that no step takes a prompt twice.
     """
     rng = torch.Generator().manual_seed(seed_for(config.seed, t, 0))
     size = min(len(train), config.prompts_a_step())

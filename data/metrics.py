@@ -23,7 +23,7 @@ def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
 
     From t = 1 on, `responses` hold samples of the opponent against which it is trained.
     predicted_kl says how far Theorem 5.4's prediction is from p_data, predicted_tv how far the
-    policy is from that prediction. A metric that there is none of is None.
+    policy is from that prediction. What does not exist (a prediction for SFT, say) is None.
     """
     metric_P, shown = {}, {p: None for p in world.shown()}
     for part in responses.parts(range(len(world.prompts)), policy.head_weight.device):

@@ -2,17 +2,18 @@
 
 Self-play needs log p(y|x) of many responses to one prompt, and they begin alike. A row holds the
 prompt and its responses as a tree, so that what they share is there once. Here the numbers are
-places in the row, and an arrow leads to a token that is scored by the place on its left:
+places in the row, and an arrow points to a token that the place on its left predicts:
 
     Greet 0 ─ Ana 1 ─ ANSWER 2 ┬→ Hello 3 ┬→ , 4 ─→ Ana 5 ─→ ! 6 ─→ END        Hello, Ana!
                                │          └→ Ana 7 ─→ . 8 ─→ END               Hello Ana.
                                └→ Hi 9 ─→ END                                  Hi
 
 A token sees itself and its ancestors. In this order (a depth-first walk) place i sees place j
-exactly if j ≤ i < end_j, where end_j is the first place after j's subtree: end is 9 for place 3, and
-7 for place 4. A plain text is a tree without branches: every end is the end of the text, and what is
-left is the causal mask, j ≤ i. A token's position is the number of its ancestors. log p(y|x) is the
-sum over the steps of y's path, END's among them, as in `sequence_logps`; a test binds the two.
+exactly if j ≤ i < end_j, where end_j is the first place after j's subtree: end is 9 for place 3,
+and 7 for place 4. A plain text is a tree without branches: every end is the end of the text, and
+what is left is the causal mask, j ≤ i. A token's position is the number of its ancestors.
+log p(y|x) is the sum over the steps of y's path, END's among them, as in `sequence_logps`; a test
+binds the two.
 
 Reading order: `grow`, one prompt's rows → `Rows` and `Part`, what the network reads at a time →
 `response_logps` → `ResponseTable` and `known_shares`, the weights → `Responses`.
@@ -56,7 +57,7 @@ def grow(prompt, responses):
     widest = len(prompt) + max(48, len(prompt))
     rows, path, previous = [], [], ()
     for number, response in enumerate(responses):
-        # path[k] is the place that has read k tokens of the response, the place of ANSWER for k = 0.
+        # path[k] is the place that has read k tokens of the response; ANSWER's place for k = 0.
         shared = len(os.path.commonprefix([previous, response]))
         del path[shared + 1:]
         if not rows or len(rows[-1][0]) + len(response) - len(path) > widest:
@@ -192,8 +193,8 @@ class ResponseTable:
 def known_shares(real_N, sampled_N, opponent_N, n):
     """The weights of y': real responses by p_t itself, others by how often n samples gave them. [N]
 
-    p_t is known of the others too, but only of those that were sampled. To weigh them by it would
-    count each of them too little on average: p_t (1 − (1 − p_t)ⁿ), since some samplings miss it.
+    Why not weigh every sampled response by p_t? Because where a sampling misses a response it would
+    weigh 0: on average it would count p_t (1 − (1 − p_t)ⁿ), which is too little.
 
     The real responses have probability `known` together; at least one of n samples is another
     response with chance 1 − knownⁿ. If one is, the others get (1 − known)/(1 − knownⁿ) together, in
@@ -202,7 +203,7 @@ def known_shares(real_N, sampled_N, opponent_N, n):
     """
     known_N = np.where(real_N > 0, np.exp(opponent_N), 0.0)
     other_N = np.where(real_N > 0, 0.0, sampled_N)
-    known, other = min(known_N.sum(), 1.0), other_N.sum()
+    known, other = known_N.sum(), other_N.sum()
     if other == 0:
         return known_N / known
     if known == 0:

@@ -14,6 +14,7 @@ Dimensions: K responses, T iterations. A policy is the vector of its K log-proba
 """
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -402,6 +403,7 @@ def draw_blind_direction(ax, ends):
 
 def draw_theory(path, runs, ends):
     """Write the figure. runs: {λ: [p_0, p_1, …]}; ends: what `play_blind_direction` returns."""
+    os.environ.pop("MPLBACKEND", None)  # it names a kind of window, and a file needs none
     import matplotlib.style  # here, so that --help and importers need not wait for it
     from matplotlib.figure import Figure
 

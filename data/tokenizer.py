@@ -128,27 +128,10 @@ def build_encoding(ranks: dict[bytes, int], pattern: str = PATTERN) -> tiktoken.
     Byte-pair encoding uses the order of the ranks alone, so the tokens are numbered 0, 1, 2, … in
     that order: a gap in the ranks, as p50k_base has, would be a token that cannot be decoded.
     """
-    check_pattern(pattern)
     ranks = {token: i for i, token in enumerate(sorted(ranks, key=ranks.get))}
     specials = {ANSWER: len(ranks), END: len(ranks) + 1}
     return tiktoken.Encoding("spin", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens=specials)
-
-
-def check_pattern(pattern: str):
-    """InputError for a pattern, read from a damaged file, that does not cut a text into chunks.
-
-    tiktoken would drop what it does not match, and crash where it matches nothing. Python's `re`
-    has no \\p{L}, the class of letters; \\w is near enough here.
-    """
-    text = "Ab c_d 12, it's!\r\n  x\t"
-    try:
-        found = re.finditer(re.sub(r"\\p\{\w+\}", r"\\w", pattern), text)
-        chunks = [match[0] for match in found]
-    except (re.error, TypeError):
-        chunks = []
-    if "" in chunks or "".join(chunks) != text:
-        raise InputError(f"the tokenizer's pattern {pattern!r:.60} does not cut a text into chunks")
 
 
 def load_encoding(source: str = str(RANK_FILE)) -> tiktoken.Encoding:

@@ -222,12 +222,6 @@ def test_encoding_that_cannot_be_fetched_is_refused_with_the_way_to_fetch_it(mon
     assert message.startswith("--encoding gpt2: ") and "TIKTOKEN_CACHE_DIR" in message
 
 
-@pytest.mark.parametrize("pattern", ["", "x*", "(?i)", "(?=a)", r"\w+", ".", "(", "[", 3])
-def test_pattern_of_a_damaged_policy_is_refused_before_tiktoken_crashes(pattern, capfd):
-    assert "does not cut a text into chunks" in refusal(build_encoding, BYTES, pattern)
-    assert capfd.readouterr().err == "", "its Rust code prints a trace"
-
-
 # ---- Files that are read ------------------------------------------------------------------------
 
 OWN = [{"prompt": "Grüße\nÁnna.", "response": "héllo\u2028\x85\x1b[31m"},

@@ -52,23 +52,22 @@ def load(path) -> dict:
 
 def save_policy(path, model: GPT, world):
     """Weights, sizes, tokenizer and p_data in one file, so that sample.py needs nothing else."""
-    rows = {row["prompt"]: {"responses": row["responses"], "split": row["split"]}
-            for row in world.rows}
+    rows = {row["prompt"]: {"responses": row["responses"], "split": row["split"],
+                            "empirical": world.empirical} for row in world.rows}
     save(path, {"model": model.state_dict(), "config": vars(model.config),
                 "ranks": dump_ranks(world.encoding._mergeable_ranks),
                 "pattern": world.encoding._pat_str, "world": json.dumps(rows)})
 
 
 def load_policy(path):
-    """Returns (model, tiktoken.Encoding, {prompt: {"responses": p_data, "split": …}}).
+    """Returns (model, tiktoken.Encoding, {prompt: its row of the world}).
 
     Raises InputError for a file that save_policy did not write.
     """
     saved = load(path)
     try:
-        with torch.device("meta"):  # sizes alone: if they are wrong, they fill no memory
-            model = GPT(GPTConfig(**saved["config"]))
-        model.load_state_dict(saved["model"], assign=True)  # all names and shapes must agree
+        model = GPT(GPTConfig(**saved["config"]))
+        model.load_state_dict(saved["model"])  # all names and shapes must agree
         encoding = build_encoding(parse_ranks(saved["ranks"], path), saved["pattern"])
         if encoding.n_vocab != model.config.vocab_size:
             raise ValueError("its tokenizer and its weights disagree")

@@ -7,13 +7,12 @@
     convergence.png, convergence.gif
 
 A report comes every few seconds, and each file is replaced whole or not at all. So a run may be
-killed at any moment: --resume takes the last report, and what came after it is repeated, alike.
+killed at any moment: --resume goes on from the last report, and repeats what came after it.
 
 Reading order: `Run`: it opens the folder, restores the learner, takes a report.
 """
 import hashlib
 import json
-import os
 import platform
 import time
 from dataclasses import asdict
@@ -62,20 +61,24 @@ class Run:
         """
         config, out = self.config, self.out
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            if not config.resume:
+                out.mkdir(parents=True, exist_ok=True)
             names = {path.name for path in out.iterdir()} - {"tmp.config.json"}
         except OSError as error:
-            raise InputError(f"--out {out}: cannot be a folder ({error.strerror})") from None
+            raise InputError(f"--out {out}: cannot be used ({error.strerror}); name another "
+                             f"folder") from None
         if names and not self.is_run():
             raise InputError(f"--out {out}: holds files, and none is a run's config.json; name a "
                              f"new folder")
+        if config.resume and not names:
+            raise InputError(f"--resume: there is no run in {out}; name its folder as --out")
         if names and not (config.resume or config.overwrite):
             raise InputError(f"--out {out}: holds a run already; --resume it, --overwrite it, or "
                              f"name another folder")
-        if config.resume:
+        if config.resume and (out / "latest.pt").is_file():
             state = self.resumable()
-        else:
-            for name in filter(is_file_of_a_run, names):
+        else:  # also --resume of a run that was stopped before its first report
+            for name in filter(is_file_of_a_run, names - {"config.json"}):  # replaced below
                 (out / name).unlink()
             state = {"t": 0, "step": 0, "seconds": 0.0, "rows": []}
         versions = {"python": platform.python_version(), "torch": torch.__version__,
@@ -90,15 +93,12 @@ class Run:
         """Whether config.json is there and is ours."""
         try:
             return "sft_steps" in json.loads((self.out / "config.json").read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return False
 
     def resumable(self) -> dict:
         """The state in latest.pt, or InputError if it does not belong to a run like this one."""
         path = self.out / "latest.pt"
-        if not path.is_file():
-            raise InputError(f"--resume: there is no latest.pt in {self.out}, so nothing was saved "
-                             f"yet; start again with --overwrite")
         state = load(path)
         if not {"t", "step", "seconds", "rows", "settings"} <= state.keys():
             raise InputError(f"{path}: not written by this train.py; start afresh in another --out")

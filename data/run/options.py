@@ -106,7 +106,8 @@ def command(name, work):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
                 "allocate memory" not in str(error)):
             raise
-        print(f"{name}: not enough memory for a model of this size", file=sys.stderr)
+        print(f"{name}: not enough memory; a smaller model, or fewer or shorter responses to a "
+              f"prompt, need less", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

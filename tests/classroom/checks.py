@@ -1,126 +1,77 @@
-"""What the claims of the exercises stand on: how values are compared, and mistakes are named.
+"""What the claims stand on: how a module is tried, how values are compared and mistakes are named.
 
-A claim is a function of checks_model.py, checks_loss.py or checks_training.py. It takes the module
-that holds the attempt, tries it, and raises `Broken` with a diagnosis where it does not hold. Its
-name is what the student reads. What is right is told by loops over plain numbers, by enumeration
-or by torch's own functions, never by this repository's code.
+A claim is a function of claims_*.py about one function of the product. It is given a module that
+holds an implementation, tries it, and raises `Broken` with a diagnosis where the claim does not
+hold. Its name is what a student reads, and with `test_` before it a test of the suite. What is
+right is told by enumeration, by sums over plain numbers or by torch's own functions.
 
-Values leave torch as plain numbers before they are compared, by functions that are bound here,
-before the attempt is loaded: an attempt cannot compare in its own favour.
+Reading order: `claim`, `load` → random inputs → `expect` and its kin.
 """
 import math
 import random
+import types
+from pathlib import Path
 
 import torch
 
-torch.set_num_threads(1)
-TOLIST = torch.Tensor.tolist
-DETACH = torch.Tensor.detach
-GRAD = torch.autograd.grad
-KINDS = (torch.Tensor, torch.nn.Parameter)
-CLAIMS = {}  # {function: {claim: what tries it}}
-STAND_INS = {}  # {name: a stand-in for a function of another exercise}
-SEED = 0
+ROOT = Path(__file__).resolve().parents[2]
+CLAIMS = {}  # {(file, function): [its claims]}
+SEED = ["0"]  # of the random inputs; a grading chooses another
 
 
-class Broken(Exception):
+class Broken(AssertionError):
     """A claim does not hold; the message is the diagnosis, in one line."""
 
 
-def claim(function):
-    """Register a claim about one of exercises.toml's functions."""
+def claim(file, function):
+    """Register a claim about a function, such as "Attention.forward" of "model.py"."""
     def keep(body):
-        CLAIMS.setdefault(function, {})[body.__name__] = body
+        body.file, body.function = file, function
+        CLAIMS.setdefault((file, function), []).append(body)
         return body
     return keep
 
 
-def claims_of(function):
-    from classroom import checks_loss, checks_model, checks_training  # noqa: F401 (they register)
-    return CLAIMS[function]
-
-
-def stand_in(body):
-    STAND_INS[body.__name__] = body
-    return body
-
-
-def stand_ins(names):
-    """What stands for these names; what no claim has a stand-in for does nothing."""
-    return {name: STAND_INS.get(name, Quiet()) for name in names}
-
-
-class Quiet:
-    """Does nothing: may be called, entered, read and unpacked into two."""
-    def __call__(self, *args, **how):
-        return self
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __getitem__(self, key):
-        return self
-
-    def __iter__(self):
-        return iter((self, self))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-
-def warm_up(seed):
-    """Choose the random inputs, and make torch load what it loads late."""
-    global SEED
-    SEED = seed
-    x = torch.ones(3, 3, requires_grad=True)
-    (x @ x).softmax(1).sum().backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        x @ x
+def load(file, text=None):
+    """A fresh module with the text of a file of the product, so that a claim may change it."""
+    module = types.ModuleType(f"tried_{Path(file).stem}")
+    module.__file__ = file
+    text = (ROOT / file).read_text("utf-8") if text is None else text
+    exec(compile(text, file, "exec"), vars(module))
+    return module
 
 
 # --- inputs --------------------------------------------------------------------------------------
 
-def dice(salt=0) -> random.Random:
+def dice(salt) -> random.Random:
     """Random numbers of one claim; they differ from grading to grading, not within one."""
-    return random.Random(f"{SEED} {salt}")
+    return random.Random(f"{SEED[0]} {salt}")
 
 
-def table(rng, *shape, low=-1.0, high=1.0):
-    """Nested lists of random numbers."""
-    if len(shape) == 1:
-        return [rng.uniform(low, high) for _ in range(shape[0])]
-    return [table(rng, *shape[1:], low=low, high=high) for _ in range(shape[0])]
+def table(rng, *shape, low=-1.0, high=1.0, grad=False):
+    """A float64 tensor of random numbers."""
+    numbers = [rng.uniform(low, high) for _ in range(math.prod(shape))]
+    return torch.tensor(numbers, dtype=torch.float64).view(shape).requires_grad_(grad)
 
 
-def tensor(values, grad=False, dtype=torch.float32):
-    return torch.tensor(values, dtype=dtype, requires_grad=grad)
-
-
-def log_shares(rng, K):
-    """K random log-probabilities that sum to 1, none of them tiny."""
-    weights = [rng.uniform(0.1, 1) for _ in range(K)]
-    return [math.log(w / sum(weights)) for w in weights]
+def shares(rng, *shape):
+    """Random probabilities that sum to 1 over the last axis, none of them tiny."""
+    weight = table(rng, *shape, low=0.1)
+    return weight / weight.sum(-1, keepdim=True)
 
 
 # --- comparing -----------------------------------------------------------------------------------
 
 def plain(value, what="your result"):
-    """A tensor as nested lists of numbers, and its shape. Raises Broken for anything else."""
-    if type(value) not in KINDS:
+    """A tensor as nested lists of numbers. Raises Broken for anything else."""
+    if not isinstance(value, torch.Tensor):
         kind = "nothing (None)" if value is None else f"of type {type(value).__name__}"
         raise Broken(f"{what} is {kind}; a torch.Tensor is expected")
-    return TOLIST(DETACH(value)), list(value.shape)
+    return value.detach().tolist()
 
 
 def flat(values):
-    if isinstance(values, (list, tuple)):
-        return [x for value in values for x in flat(value)]
-    return [values]
+    return [x for v in values for x in flat(v)] if isinstance(values, (list, tuple)) else [values]
 
 
 def shape_of(values):
@@ -128,49 +79,55 @@ def shape_of(values):
         values, (list, tuple)) else []
 
 
-def alike(one, two, tolerance):
+def alike(one, two, tolerance=1e-4):
     """Whether two nested lists have one shape and nearly the same numbers; NaN equals NaN."""
-    if shape_of(one) != shape_of(two):
-        return False
-    return all(a == b or abs(a - b) <= tolerance * (1 + abs(b)) or (a != a and b != b)
-               for a, b in zip(flat(one), flat(two)))
+    return shape_of(one) == shape_of(two) and all(
+        a == b or abs(a - b) <= tolerance * (1 + abs(b)) or (a != a and b != b)
+        for a, b in zip(flat(one), flat(two)))
 
 
-def number(x) -> str:
-    return str(x) if isinstance(x, (bool, int, str)) else f"{x:.5g}"
+def expect(got, right, mistakes=(), what="the result", tolerance=1e-4):
+    """Raise Broken unless `got` is `right`; say which of the known mistakes gives its value.
 
-
-def expect(got, right, mistakes=(), what="your result", tolerance=1e-4):
-    """Raise Broken unless `got` is `right`; name the mistake whose value it is.
-
-    `mistakes` are pairs (words, value), or a dictionary. Values are nested lists; that of `got`
-    may be a tensor or numbers.
+    mistakes is {what is wrong: the value that it gives}. Values are numbers, lists or tensors.
     """
-    if not isinstance(got, (int, float, list, tuple)):
-        got = plain(got, what)[0]
+    number = lambda x: x if isinstance(x, (int, float, list, tuple)) else plain(x, what)
+    got, right = number(got), number(right)
     if alike(got, right, tolerance):
         return
-    for words, value in (mistakes.items() if isinstance(mistakes, dict) else mistakes):
-        if not alike(value, right, tolerance) and alike(got, value, tolerance):
-            raise Broken(f"{words}{sample(got, right)}")
+    for words, value in (dict(mistakes) | anywhere(right)).items():
+        if not alike(number(value), right) and alike(got, number(value)):
+            raise Broken(f"{words}{first_wrong(got, right)}")
     if shape_of(got) != shape_of(right):
         raise Broken(f"{what} has shape {shape_of(got)}, expected {shape_of(right)}")
-    pairs = list(zip(flat(got), flat(right)))
-    if any(isinstance(g, float) and math.isnan(g) for g, _ in pairs):
-        raise Broken(f"{what} is NaN where it should be "
-                     f"{number(next(r for g, r in pairs if math.isnan(g)))}")
-    raise Broken(f"{what} is not right{sample(got, right)}")
+    nan = any(x != x for x in flat(got)) and not any(x != x for x in flat(right))
+    raise Broken(f"{what} is {'NaN in places' if nan else 'not right'}{first_wrong(got, right)}")
 
 
-def sample(got, right) -> str:
+def anywhere(right) -> dict:
+    """Mistakes that any list of numbers may suffer, in the form of `expect`."""
+    numbers = flat(right)
+    if any(isinstance(x, bool) or not abs(x) < 700 for x in numbers):
+        return {}
+    each = lambda f, x=right: [each(f, y) for y in x] if isinstance(x, list) else f(x)
+    found = {"the sign is wrong": each(lambda x: -x),
+             "this is a probability; its logarithm is asked for": each(math.exp),
+             "this is in bits; nats are asked for": each(lambda x: x / math.log(2))}
+    if len(numbers) > 1:
+        found |= {"this is one number, a sum; one for each is asked for": sum(numbers),
+                  "this is one number, a mean; one for each is asked for":
+                      sum(numbers) / len(numbers)}
+    return found
+
+
+def first_wrong(got, right) -> str:
     """The first number that is wrong, beside what it should be."""
     if shape_of(got) != shape_of(right):
-        return f": shape {shape_of(got)}, expected {shape_of(right)}"
-    for i, (g, r) in enumerate(zip(flat(got), flat(right))):
-        if not alike(g, r, 1e-4):
-            at = f", number {i + 1} of {len(flat(right))}" if shape_of(right) else ""
-            return f" ({number(g)}, expected {number(r)}{at})"
-    return ""
+        return f" (shape {shape_of(got)}, expected {shape_of(right)})"
+    pairs = list(zip(flat(got), flat(right)))
+    i = next(i for i, pair in enumerate(pairs) if not alike(*pair))
+    at = f", number {i + 1} of {len(pairs)}" if len(pairs) > 1 else ""
+    return f" ({pairs[i][0]:.5g}, expected {pairs[i][1]:.5g}{at})"
 
 
 def require(holds, words):
@@ -184,17 +141,19 @@ def require_gradient(value, *sources, words="no gradient flows through your resu
     """Each source must get a gradient that is not all 0. Returns the gradients."""
     plain(value)
     require(value.requires_grad, words)
-    gradients = GRAD(value.sum(), sources, allow_unused=True)
+    gradients = torch.autograd.grad(value.sum(), sources, allow_unused=True)
     for gradient in gradients:
-        require(gradient is not None and any(flat(TOLIST(gradient))), words)
+        require(gradient is not None and bool(gradient.any()), words)
     return gradients
 
 
 def require_value_error(call, name, words):
-    """`call` must raise ValueError, with `name` in its message where one is given."""
+    """`call` must raise ValueError, with `name` in its message."""
     try:
         call()
     except ValueError as error:
         require(name in str(error), f"the ValueError's message should contain {name!r}")
+    except (KeyError, ZeroDivisionError) as error:
+        raise Broken(f"{words}; yours ends in {type(error).__name__}") from None
     else:
         raise Broken(words)

@@ -5,13 +5,11 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from classroom.functions import (TESTS, TEXTS, decode, empty_all, find, is_empty,
-                                 prose_without_code, split_name, written_part)
-from classroom.judge import CLAIMS, CleanCopy, number_of
-from classroom.workspace import Refusal
+from classroom.judge import CleanCopy
+from classroom.workspace import TEXTS, Refusal, empty_all, find, read, written_part
 
-LARGEST = 1 << 20  # bytes of a submitted file
 SHARE = 8  # one exercise may take this part of a submission's time
+LITTER = ("__MACOSX", "__pycache__")  # what archives leave; also names that begin with a dot
 
 
 def numbers(text) -> list[int]:
@@ -31,113 +29,105 @@ def numbers(text) -> list[int]:
 
 def handed_files(root) -> list[str]:
     """What a hand-out holds: the product and the exercises; no other test, answer or history."""
-    found = [*root.glob("*.py"), *(root / name for name in (
-        "README.md", "requirements.txt", ".gitignore", ".gitattributes", "LICENSE"))]
-    found += [*(root / "data").rglob("*"), *(root / ".github").rglob("*")]
-    found += [TESTS / "exercises.py", *(TESTS / "classroom").glob("*.py"),
-              *(TESTS / "classroom" / name
-                for name in ("exercises.toml", "README.md", "EXPERIMENTS.md"))]
-    paths = [path for path in found if path.is_file() and "__pycache__" not in path.parts
-             and path.suffix != ".pyc"]
-    return sorted(path.relative_to(root).as_posix() for path in paths)
+    found = [*root.glob("*.py"), *root.glob("data/**/*"), *root.glob(".github/**/*"),
+             *root.glob("tests/classroom/*.py"), *(root / name for name in (
+                 "README.md", "requirements.txt", ".gitignore", ".gitattributes",
+                 "tests/exercises.py", "tests/classroom/exercises.toml",
+                 "tests/classroom/README.md", "tests/classroom/EXPERIMENTS.md"))]
+    return sorted(path.relative_to(root).as_posix() for path in found
+                  if path.is_file() and "__pycache__" not in path.parts)
+
+
+def without_code(text, solutions) -> str:
+    """A text such as README.md without the lines that hold a whole statement of a solution."""
+    shows = lambda line: any(code in " ".join(line.split()) for code in solutions)
+    return "\n".join("(a line of code is left out of the hand-out)" if shows(line) else line
+                     for line in text.split("\n"))
 
 
 def hand_out(root, folder, chosen, reference) -> int:
     """Write a copy of the repository with the chosen functions empty. Returns how many files."""
-    folder = Path(folder)
+    root, folder = Path(root), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"{folder} is there already; name a new folder")
-    if folder.resolve().is_relative_to(Path(root).resolve() / "data"):
+    if folder.resolve().is_relative_to(root.resolve() / "data"):
         raise Refusal(f"{folder} lies in data/; name a folder elsewhere")
-    exercises, files = [TEXTS[n - 1] for n in chosen], handed_files(Path(root))
-    for path in files:
-        target = folder / path
+    exercises, files = [TEXTS[n - 1] for n in chosen], handed_files(root)
+    solutions = {ast.unparse(s) for e in exercises for part in written_part(
+        find(ast.parse(reference[e["file"]]), e["function"]), e) for s in ast.walk(part)
+        if isinstance(s, (ast.Assign, ast.Return)) and sum(1 for _ in ast.walk(s)) >= 12}
+    for file in files:
+        target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path not in reference:
-            shutil.copy(Path(root, path), target)
-            if path.endswith(".md") and "/classroom/" not in path:
-                text = prose_without_code(target.read_text("utf-8"), reference, exercises)
-                target.write_text(text, "utf-8", newline="\n")
-            continue
-        text = empty_all(reference[path], path, exercises)
-        for copy in (target, folder / "tests" / "classroom" / "shipped" / path):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(text, "utf-8", newline="\n")
-    handout = folder / "tests" / "classroom" / "shipped" / "handout.json"
-    handout.write_text(json.dumps({"exercises": chosen}) + "\n", "utf-8")
+        if file in reference:
+            text = empty_all(reference[file], file, exercises)
+            for copy in (target, folder / "tests" / "classroom" / "shipped" / file):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_text(text, "utf-8")
+        elif file.endswith(".md") and "classroom" not in file:
+            target.write_text(without_code(read(root / file), solutions), "utf-8")
+        else:
+            shutil.copy(root / file, target)
     return len(files)
 
 
 # --- grading -------------------------------------------------------------------------------------
 
 def submissions(folders) -> list[Path]:
-    """Each folder that holds one of the product's files; of other folders, their subfolders."""
-    files, found = {split_name(e["function"])[0] for e in TEXTS}, []
-    holds = lambda folder: any((folder / path).is_file() for path in files)
+    """Each folder that holds one of the product's files; of other folders, their subfolders.
+
+    A subfolder whose only content is another folder, as archives make it, is searched once more.
+    """
+    holds = lambda folder: any((folder / e["file"]).is_file() for e in TEXTS)
+    inside = lambda folder: sorted(path for path in folder.iterdir() if path.is_dir()
+                                   and path.name not in LITTER and not path.name.startswith("."))
+    found = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise Refusal(f"{folder} is no folder")
-        inside = sorted(path for path in folder.iterdir() if path.is_dir())
-        inner = [path for path in inside if path.name != "shipped" and holds(path)]
-        found += [folder] if holds(folder) or not inner else [
-            path for path in inside if not path.name.startswith(".")]
+        for one in [folder] if holds(folder) else inside(folder):
+            deeper = [path for path in inside(one) if holds(path)]
+            found += deeper if deeper and not holds(one) else [one]
     return found
 
 
-def attempt_in(folder, path) -> str:
-    """The text of a submitted file. Raises Refusal if there is none, or it is not the student's."""
-    file = folder / path
-    if not file.is_file():
-        raise Refusal(f"{path} is missing")
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise Refusal(f"{path} is a link that leads out of the submission")
-    if file.stat().st_size > LARGEST:
-        raise Refusal(f"{path} is larger than {LARGEST >> 20} MB")
-    return decode(file.read_bytes())[0]
+def attempt_in(folder, file) -> str:
+    """The text of a submitted file. Raises Refusal if there is none, or it is a link to another."""
+    if not (folder / file).resolve().is_relative_to(folder.resolve()):
+        raise Refusal(f"{file} is a link that leads out of the submission")
+    return read(folder / file)
 
 
-def copies(attempt, reference, exercise) -> bool:
+def is_copy(attempt, reference, exercise) -> bool:
     """Whether an attempt is the original, comments and docstring aside."""
-    try:
-        found = []
-        for text in (attempt, reference):
-            node = find(ast.parse(text), split_name(exercise["function"])[1])
-            written = written_part(node, exercise.get("part"))
-            found.append([ast.dump(statement) for statement in written])
-        return found[0] == found[1] and not is_empty(node, exercise.get("part"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError, AttributeError):
-        return False
+    code = lambda text: [ast.dump(s) for s in written_part(
+        find(ast.parse(text), exercise["function"]), exercise)]
+    return code(attempt) == code(reference)
 
 
 def grade_one(folder, chosen, reference, clean, minutes, seed) -> dict:
     """Grade one submission: {"name", "points", "of", "exercises": […]}."""
     left, graded = minutes * 60, []
     for n in chosen:
-        exercise = TEXTS[n - 1]
-        path = split_name(exercise["function"])[0]
-        untried = [{"claim": name, "held": False, "said": "not tried"}
-                   for name in CLAIMS[exercise["function"]]]
-        result = {"claims": untried, "said": "", "seconds": 0.0}
-        same = False
+        exercise, same = TEXTS[n - 1], False
+        names = clean.claims[exercise["file"], exercise["function"]]
+        result = {"claims": [{"claim": name, "held": False, "said": "not tried"}
+                             for name in names], "said": "", "seconds": 0.0}
         try:
-            text = attempt_in(folder, path)
+            text = attempt_in(folder, exercise["file"])
             if left <= 0:
                 raise Refusal(f"not tried: the submission has used its {minutes:g} minutes")
-            limit = min(left, minutes * 60 / SHARE)
-            result = clean.judge(exercise, text, limit, seed, quiet=True)
+            result = clean.judge(exercise, text, min(left, minutes * 60 / SHARE), seed, quiet=True)
             left -= result["seconds"]
-            solved = all(claim["held"] for claim in result["claims"])
-            same = solved and copies(text, reference[path], exercise)
-        except (Refusal, OSError) as error:
-            result["said"] = str(error)
+            same = all(c["held"] for c in result["claims"]) and is_copy(
+                text, reference[exercise["file"]], exercise)
         except Exception as error:  # whatever it is, the others are graded
-            result["said"] = f"could not be graded: {type(error).__name__}: {error}"
-        points = sum(claim["held"] for claim in result["claims"])
+            result["said"] = str(error)
         graded.append({"number": n, "function": exercise["function"], "same_as_original": same,
-                       "points": points, "of": len(untried), **result})
-    return {"name": folder.resolve().name, "folder": str(folder),
-            "points": sum(e["points"] for e in graded), "of": sum(e["of"] for e in graded),
-            "exercises": graded}
+                       "points": sum(c["held"] for c in result["claims"]), "of": len(names),
+                       **result})
+    return {"name": folder.resolve().name, "folder": str(folder), "exercises": graded,
+            "points": sum(e["points"] for e in graded), "of": sum(e["of"] for e in graded)}
 
 
 def grade(folders, chosen, reference, minutes, jobs, seed, saying) -> list[dict]:
@@ -146,37 +136,24 @@ def grade(folders, chosen, reference, minutes, jobs, seed, saying) -> list[dict]
     with CleanCopy(reference) as clean, ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(grade_one, folder, chosen, reference, clean, minutes, seed)
                    for folder in found]
-        results = []
         try:
-            for one in waiting:
-                results.append(one.result())
-                saying(results[-1])
+            return [saying(one.result()) for one in waiting]
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C no other is begun
-    return results
-
-
-def table_row(cells, width) -> str:
-    return f"{cells[0]:<{width}}" + "".join(f"{cell:>6}" for cell in cells[1:])
 
 
 def remarks(result) -> list[str]:
     """Why points are missing, once for each reason; and what equals the original."""
     reasons = {}
     for e in result["exercises"]:
-        if e["said"]:
-            reasons.setdefault(e["said"], []).append(e["number"])
-        elif e["points"] < e["of"]:
-            broken = next(c for c in e["claims"] if not c["held"])
-            reasons.setdefault(broken["said"], []).append(e["number"])
-    same = [e["number"] for e in result["exercises"] if e["same_as_original"]]
-    lines = [f"{', '.join(map(str, found))}: {words}" for words, found in reasons.items()]
-    return lines + [f"{', '.join(map(str, same))}: the code is the original's"] * bool(same)
+        broken = next((c["said"] for c in e["claims"] if not c["held"]), "")
+        if e["said"] or broken:
+            reasons.setdefault(e["said"] or broken, []).append(e["number"])
+        if e["same_as_original"]:
+            reasons.setdefault("the code is the original's", []).append(e["number"])
+    return [f"{', '.join(map(str, found))}: {words}" for words, found in reasons.items()]
 
 
 def write_json(path, results, seed):
-    texts = [{"number": number_of(e), "function": e["function"], "title": e["title"],
-              "claims": CLAIMS[e["function"]]} for e in TEXTS]
-    Path(path).write_text(json.dumps({"seed": seed, "exercises": texts, "submissions": results},
-                                     indent=1, ensure_ascii=False) + "\n", "utf-8", newline="\n")
-
+    Path(path).write_text(json.dumps({"seed": seed, "submissions": results}, indent=1,
+                                     ensure_ascii=False) + "\n", "utf-8")

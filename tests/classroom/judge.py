@@ -1,8 +1,12 @@
-"""Tries one attempt at one exercise in a process of its own: see runner.py for what happens there.
+"""Tries one attempt at one exercise, in a process of its own, and believes only its reports.
 
-A claim counts only if that process reports, with a token that the attempt cannot know, that the
-claim was tried and held. What ends the process early, hides its output or never ends gains nothing.
-This file needs no torch.
+The process works in a temporary copy of the repository in which every exercise is empty. There the
+student's function is put into the module that it belongs to, with the helpers that it uses, and the
+claims are tried on that module. Each report begins with a random token; what the attempt prints is
+none, and what ends the process early, or never ends, proves nothing.
+
+Reading order: `parsed`, `module_with`, `try_claims` and `main` run in the process; `CleanCopy`
+starts it.
 """
 import ast
 import json
@@ -15,141 +19,236 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 
-from classroom.functions import TESTS, TEXTS, decode, empty_all, product_files, split_name
+if __name__ == "__main__":
+    sys.path[:1] = [str(Path(__file__).resolve().parents[up]) for up in (2, 1)]
+
+from classroom.workspace import HERE, empty_all, find, is_empty
 
 STARTING = 120  # seconds that a busy machine may need to import torch; then the clock starts
-KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE",
-        "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "PYTHONUTF8")
+MEMORY = 2 << 30  # bytes beyond what torch takes, where the system can limit it (Linux)
 
 
-def claims_by_function() -> dict[str, list[str]]:
-    """{function: names of its claims}, read from the source of the checks."""
+class Unfit(Exception):
+    """The attempt cannot be tried; the message says why, in one line."""
+
+
+# --- in the process ------------------------------------------------------------------------------
+
+def names_in(nodes) -> set[str]:
+    return {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+
+def defined_by(statement) -> list[str]:
+    """The names that a statement of a module defines."""
+    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        return [statement.name]
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [a.asname or a.name.split(".")[0] for a in statement.names]
+    return [n.id for n in ast.walk(statement)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+
+
+def parsed(attempt, exercise):
+    """An attempt's file as a syntax tree, and its function there. Raises Unfit if it is none."""
+    try:
+        tree = ast.parse(attempt)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise Unfit(f"{exercise['file']}{line}: {type(error).__name__}: {error}") from None
+    node = find(tree, exercise["function"])
+    if node is None:
+        raise Unfit(f"there is no {exercise['function']} in {exercise['file']}")
+    if is_empty(node, exercise):
+        raise Unfit("the function is still empty")
+    return tree, node
+
+
+def module_with(attempt, exercise, reference):
+    """The module of a file whose exercises are empty, with an attempt's function put in it.
+
+    Helpers come along: new methods of the class, and what the function uses of the names that the
+    file did not have. Raises Unfit for an attempt that cannot be tried.
+    """
+    from classroom.checks import load
+    file, place = exercise["file"], exercise["function"].split(".")[:-1]
+    tree, node = parsed(attempt, exercise)
+    module = load(file, reference)
+    home, methods = module, []
+    if place:
+        home, (theirs,) = getattr(module, *place), [s for s in tree.body if
+                                                    getattr(s, "name", "") == place[0]]
+        methods = [s for s in theirs.body if isinstance(s, ast.FunctionDef)
+                   and not hasattr(home, s.name)]
+    new = {n: s for s in tree.body for n in defined_by(s) if not hasattr(module, n)}
+    used, queue = [], names_in([node, *methods])
+    while queue:
+        statement = new.pop(queue.pop(), None)
+        if statement is not None and statement not in used:
+            used.append(statement)
+            queue |= names_in([statement])
+    run = lambda body, into: exec(compile(ast.Module(body, []), f"your {file}", "exec"),
+                                  vars(module), into)
+    run([s for s in tree.body if s in used], vars(module))
+    made = {}
+    run([*methods, node], made)
+    for n, function in made.items():
+        setattr(home, n, function)
+    return module
+
+
+def try_claims(claims, make, tell):
+    """Try each claim on a fresh module; tell(claim=…, held=…, said=…) after each."""
+    for claim in claims:
+        try:
+            claim(make())
+            held, said = True, ""
+        except BaseException as error:  # SystemExit and whatever skips a test included
+            held, said = False, describe(error)
+        tell(claim=claim.__name__, held=held, said=said)
+
+
+def describe(error) -> str:
+    """One line: the claim's own diagnosis, or where the attempt failed and with what."""
+    message = " ".join(str(error).split())[:240]
+    if type(error).__name__ == "Broken":
+        return message
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename.startswith("your ")]
+    where = f" ({own[-1].filename[5:]}, line {own[-1].lineno})" if own else ""
+    if isinstance(error, NotImplementedError) and message.startswith("exercise "):
+        return f"your function needs {frames[-1].name}, which is empty here: {message}{where}"
+    return f"{type(error).__name__}{': ' * bool(message)}{message}{where}"
+
+
+def limit_memory():
+    """Where the system can: Linux alone has a limit that suits torch."""
+    try:
+        import resource
+        pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
+        limit = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def main():
+    job = json.loads(sys.stdin.buffer.readline())
+    token, channel = job.pop("token"), os.dup(1)
+    os.dup2(2, 1)  # what the attempt prints, even from C, is no report
+    sys.stdout = sys.stderr
+
+    def tell(**report):
+        os.write(channel, f"{token} {json.dumps(report)}\n".encode())
+    from classroom import checks, claims_loss, claims_model, claims_training  # noqa: F401
+    checks.SEED[0], exercise = job["seed"], job["exercise"]
+    reference = Path(exercise["file"]).read_text("utf-8")
+    make = lambda: module_with(job["attempt"], exercise, reference)
+    checks.load(exercise["file"])  # imports what it needs, before the clock starts
+    limit_memory()
+    tell(ready=True)
+    try_claims(checks.CLAIMS[exercise["file"], exercise["function"]], make, tell)
+
+
+# --- who starts it -------------------------------------------------------------------------------
+
+def claims_by_function() -> dict:
+    """{(file, function): names of its claims}, read from the source, which needs no torch."""
     found = {}
-    for path in sorted((TESTS / "classroom").glob("checks_*.py")):
+    for path in sorted(HERE.glob("claims_*.py")):
         tree = ast.parse(path.read_text("utf-8"))
         constants = {s.targets[0].id: s.value.value for s in tree.body if isinstance(s, ast.Assign)
-                     and isinstance(s.targets[0], ast.Name) and isinstance(s.value, ast.Constant)}
+                     and isinstance(s.value, ast.Constant)}
         for node in tree.body:
-            for decorator in getattr(node, "decorator_list", []):
-                if isinstance(decorator, ast.Call) and decorator.func.id == "claim":
-                    found.setdefault(constants[decorator.args[0].id], []).append(node.name)
+            for call in getattr(node, "decorator_list", []):
+                file, function = (constants.get(getattr(a, "id", None)) or a.value
+                                  for a in call.args)
+                found.setdefault((file, function), []).append(node.name)
     return found
 
 
-CLAIMS = claims_by_function()
-
-
 class CleanCopy:
-    """`with CleanCopy(texts_of_files) as copy`: a folder with the product, solutions taken out.
-
-    Attempts are tried there. It holds no history, no original and no trace of where those are.
-    """
+    """`with CleanCopy({file: text}) as copy`: a folder with the product, its exercises empty."""
     def __init__(self, reference):
-        self.reference = {path: empty_all(text, path) for path, text in reference.items()}
+        self.reference = {file: empty_all(text, file) for file, text in reference.items()}
+        self.claims = claims_by_function()
 
     def __enter__(self):
-        self.folder = tempfile.mkdtemp(prefix="exercise-")
-        for path, text in self.reference.items():
-            file = Path(self.folder, path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, "utf-8", newline="\n")
-        here = TESTS / "classroom"
-        to = Path(self.folder, "tests", "classroom")
-        to.mkdir(parents=True)
-        for path in [*here.glob("*.py"), here / "exercises.toml"]:
-            shutil.copy(path, to)
+        self.folder = Path(tempfile.mkdtemp(prefix="exercise-"))
+        (self.folder / "tests" / "classroom").mkdir(parents=True)
+        for path in [*HERE.glob("*.py"), HERE / "exercises.toml"]:
+            shutil.copy(path, self.folder / "tests" / "classroom")
+        for file, text in self.reference.items():
+            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / file).write_text(text, "utf-8")
         return self
 
     def __exit__(self, *_):
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def judge(self, exercise, attempt: str, seconds, seed="0", quiet=False, saying=None) -> dict:
+    def judge(self, exercise, attempt, seconds, seed="0", quiet=False) -> dict:
         """Try an attempt, the text of its file. Returns {"claims": […], "said": …, "seconds": …}.
 
-        claims has one entry for each claim, tried or not. saying(claim) is called after each. The
-        seconds, those allowed and those taken, do not count the start of Python and torch.
+        claims has one entry for each claim, tried or not. The seconds, those allowed and those
+        taken, do not count the start of Python and torch.
         """
-        claims = {name: {"claim": name, "held": False, "said": "not tried"}
-                  for name in CLAIMS[exercise["function"]]}
-        result = {"claims": list(claims.values()), "said": "", "seconds": 0.0}
-        token = secrets.token_hex(16)
-        job = {"token": token, "function": exercise["function"], "part": exercise.get("part"),
-               "given": exercise.get("given", []), "attempt": attempt, "seed": seed,
-               "reference": self.reference[split_name(exercise["function"])[0]]}
+        names = self.claims[exercise["file"], exercise["function"]]
+        claims = {name: {"claim": name, "held": False, "said": "not tried"} for name in names}
+        try:
+            parsed(attempt, exercise)
+        except Unfit as error:
+            return {"claims": list(claims.values()), "said": str(error), "seconds": 0.0}
+        token, said, late = secrets.token_hex(16), "", []
+        job = {"token": token, "exercise": exercise, "attempt": attempt, "seed": seed}
         process = self.start(quiet)
-        clock = Clock(process, STARTING)
+
+        def clock(limit):
+            timer = threading.Timer(limit, lambda: (late.append(limit), end(process)))
+            timer.daemon = True
+            timer.start()
+            return timer, time.monotonic()
+        timer, began = clock(STARTING)
         try:
             process.stdin.write(json.dumps(job).encode() + b"\n")
             process.stdin.close()
             for line in process.stdout:
-                if not line.startswith(token.encode() + b" "):
+                mine, _, text = line.partition(b" ")
+                if mine.decode("ascii", "replace") != token:
                     continue  # not ours: the attempt wrote it
-                report = json.loads(line.split(b" ", 1)[1])
+                report = json.loads(text)
                 if "ready" in report:
-                    clock.restart(seconds)
-                elif "unfit" in report:
-                    result["said"] = report["unfit"]
+                    timer.cancel()
+                    timer, began = clock(seconds)
                 else:
                     claims[report["claim"]].update(report)
-                    if saying:
-                        saying(claims[report["claim"]])
             process.wait()
         except OSError as error:
-            result["said"] = f"the process could not be used: {error}"
+            said = f"the process could not be used: {error}"
         finally:
-            result["seconds"] = round(clock.stop(), 1)
+            timer.cancel()
             end(process)
-        tried = [c for c in claims.values() if c["said"] != "not tried"]
-        if clock.late:
-            result["said"] = (
-                f"no end after {seconds:.0f} seconds: a loop without end?" if clock.ready else
-                "Python and torch did not start in time: the machine is too busy")
-        elif len(tried) < len(claims) and not result["said"]:
-            result["said"] = (f"the process ended in the middle (status {process.returncode}): "
-                              f"what ends it proves nothing")
-        return result
+        if late:
+            said = (f"no end after {seconds:.0f} seconds: a loop without end?"
+                    if late != [STARTING] else "torch did not start in time: a busy machine?")
+        elif not said and any(c["said"] == "not tried" for c in claims.values()):
+            said = (f"the process ended in the middle (status {process.returncode}): what ends it "
+                    f"proves nothing")
+        return {"claims": list(claims.values()), "said": said,
+                "seconds": round(time.monotonic() - began, 1)}
 
     def start(self, quiet):
-        env = {name: os.environ[name] for name in KEPT if name in os.environ}
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-        session = {"start_new_session": True} if os.name == "posix" else {}
-        runner = Path(self.folder, "tests", "classroom", "runner.py")
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
         return subprocess.Popen(
-            [sys.executable, "-B", "-W", "ignore", str(runner)], cwd=self.folder, env=env,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if quiet else None, **session)
-
-
-class Clock:
-    """Ends a process after some seconds; `late` tells that it did."""
-    def __init__(self, process, seconds):
-        self.process, self.late, self.ready, self.began = process, False, False, time.monotonic()
-        self.timer = self.start(seconds)
-
-    def start(self, seconds):
-        timer = threading.Timer(seconds, self.ring)
-        timer.daemon = True
-        timer.start()
-        return timer
-
-    def restart(self, seconds):
-        self.timer.cancel()
-        self.ready, self.began, self.timer = True, time.monotonic(), self.start(seconds)
-
-    def ring(self):
-        self.late = True
-        end(self.process)
-
-    def stop(self):
-        self.timer.cancel()
-        return time.monotonic() - self.began
+            [sys.executable, "-B", "-W", "ignore", "tests/classroom/judge.py"], cwd=self.folder,
+            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            stderr=subprocess.DEVNULL if quiet else None)
 
 
 def end(process):
-    """End a process, and those that it started, where the platform knows which."""
-    if os.name == "posix":
+    """End a process, and on Linux and macOS those that it started."""
+    if hasattr(os, "killpg"):
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
@@ -157,13 +256,7 @@ def end(process):
     elif process.poll() is None:
         process.kill()
     process.wait()
-    process.stdout.close()
 
 
-def texts_of(root) -> dict[str, str]:
-    """{path: text} of the product's files in a folder."""
-    return {path: decode(Path(root, path).read_bytes())[0] for path in product_files(root)}
-
-
-def number_of(exercise) -> int:
-    return TEXTS.index(exercise) + 1
+if __name__ == "__main__":
+    main()
