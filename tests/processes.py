@@ -1,8 +1,8 @@
-"""Scripts in processes that can be killed: train.py and sample.py as from a shell, without the
-seconds that importing torch takes, for each process is a fork of one that has imported it.
+"""Runs of train.py and sample.py: in this process, or in one that can be killed.
 
-Not a test file. A hook is a function of this file that changes something in the child first.
-Where there is no fork server (Windows), whatever starts a script is skipped.
+A process is a fork of one that has imported torch already, which saves seconds. A hook is a
+function of this file that changes something in the child first. Where there is no fork server
+(Windows), whatever starts a process is skipped. Not a test file.
 """
 import functools
 import itertools
@@ -22,11 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = itertools.count()  # of logs
 SMALL = ("--iters 2 --sft-steps 12 --steps 10 --n-layer 1 --n-head 2 --n-embd 16 --negatives 4 "
-         "--batch-size 8 --sft-samples 8 --block-size 32 --reports 2 --warmup 3").split()
+         "--batch-size 8 --sft-samples 8 --block-size 32 --reports 2 --device cpu").split()
 
 
 def write_world(folder, name="six.jsonl") -> str:
-    """Six prompts, one of them held out; 5 train prompts and 2 a step, so that passes overlap."""
+    """Six prompts, one of them held out; 5 train prompts and 2 a step, so that one is left over."""
     rows = [{"family": "f", "prompt": f"Flip a coin with {p}% heads.", "responses": {
         "heads": p / 100, "tails": 1 - p / 100}} for p in (10, 30, 50, 70, 90)]
     rows.append({"family": "g", "prompt": "Name a pet.", "responses": {"dog": 0.75, "a cat": 0.25}})
@@ -36,64 +36,33 @@ def write_world(folder, name="six.jsonl") -> str:
     return str(folder / name)
 
 
+def without_figures(patch):
+    """No pictures: they take longer than all else in so small a run."""
+    patch.setattr("data.run.folder.draw_convergence", lambda *args: b"png")
+    patch.setattr("data.run.folder.draw_gif", lambda *args: b"gif")
+
+
 # ---- Hooks --------------------------------------------------------------------------------------
 
-def plain():
-    """Nothing is changed: figures too are drawn."""
-
-
 def quick(seconds=0.0):
-    """No figures: they take longer than all else in so small a run. Each file takes `seconds`."""
-    from data.run import checkpoint
-    checkpoint.draw_convergence = lambda *args: b"png"
-    checkpoint.draw_gif = lambda *args: b"gif"
+    """No figures, and each file takes `seconds`."""
+    without_figures(pytest.MonkeyPatch())
     fsync = os.fsync
     os.fsync = lambda file: (time.sleep(seconds), fsync(file))
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at(name, count, when):
-    """SIGKILL itself at the count-th time that file `name` is to be replaced.
-
-    when: "half" of the new file is written, "before" the old one is replaced, or "after".
-    """
+def die_at(name, count):
+    """SIGKILL itself when half of file `name` is written for the count-th time."""
     quick()
     replace, seen = os.replace, []
 
     def replace_or_die(part, path):
         seen.append(Path(path).name)
-        dies = seen.count(name) == count and seen[-1] == name
-        if dies and when == "half":
+        if seen.count(name) == count:
             os.truncate(part, os.path.getsize(part) // 2)
-        if dies and when != "after":
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
         replace(part, path)
-        if dies:
-            die()
-
     os.replace = replace_or_die
-
-
-def die_in(module, name, count):
-    """SIGKILL itself in the count-th call of a function; a row of metrics is torn first."""
-    quick()
-    owner, calls = sys.modules[module], []
-    original = getattr(owner, name)
-
-    def call_or_die(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            if name == "append":
-                path, rows = args
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows)[:-20])
-            die()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, call_or_die)
 
 
 def small_files(limit):
@@ -101,13 +70,6 @@ def small_files(limit):
     import resource
     quick()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-
-def other_flag(flag, value):
-    """The process of rank 1 is given another value."""
-    quick()
-    if os.environ["RANK"] == "1":
-        sys.argv[sys.argv.index(flag) + 1] = value
 
 
 # ---- Processes ----------------------------------------------------------------------------------
@@ -149,10 +111,10 @@ class Script:
         path = Path(self.log + suffix)
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def wait_for(self, condition, seconds=30):
-        """Wait until the condition holds; the process must not end before."""
+    def wait_for(self, words, seconds=30):
+        """Wait until it has printed the words; it must not end before."""
         end = time.monotonic() + seconds
-        while not condition():
+        while words not in self.read(".out"):
             assert self.process.is_alive(), f"too early an end: {self.read('.err')}"
             assert time.monotonic() < end, f"nothing after {seconds} s: {self.read('.out')}"
             time.sleep(0.002)
@@ -177,9 +139,12 @@ def here(capsys, args, name="train.py"):
     work, kind = {"train.py": (train.main, train.Config),
                   "sample.py": (sample.main, sample.SampleConfig)}[name]
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
+    status = 0
+    try:
         command(name, lambda: work(parse_args(kind, "", args)))
-    return stop.value.code, *capsys.readouterr()
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
 
 
 def refused(capsys, args, *words, name="train.py"):
@@ -196,8 +161,9 @@ def together(folder, args, processes=2, **how):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [Script(folder, args, env={
-        "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}, **how) for r in range(processes)]
+        "TORCHELASTIC_RUN_ID": "test", "RANK": str(r), "LOCAL_RANK": str(r),
+        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}, **how)
+            for r in range(processes)]
 
 
 # ---- What a run left ----------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def labels(ax):
 
 def test_neither_backend_nor_settings_of_the_user_stop_or_deform_a_picture(tmp_path):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\naxes.facecolor: red\n"
-                                           "savefig.bbox: tight\nbackend: TkAgg\n")
+                                           "savefig.bbox: tight\nbackend: TkAgg\n", encoding="utf-8")
     code = ("import sys, hashlib, test_figures as t; from data.run import figures as f\n"
             "assert 'matplotlib.pyplot' not in sys.modules\n"
             "print(hashlib.sha256(f.draw_convergence(t.rows_of_a_run(), t.SHOWN)\n"

@@ -1,21 +1,23 @@
-"""The house: which file may import which, what lies where, and how a line looks.
-
-Everything is read from the source, with `ast`; no file is imported.
-"""
+"""The house: which file may import which, what lies where, how a line looks; the doctests run."""
 import ast
+import doctest
+import importlib
+import re
+import sys
 from itertools import chain
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 VISIBLE = {"README.md", "model.py", "sample.py", "spin_loss.py", "train.py", "data", "tests",
            "requirements.txt"}
 PRODUCT = sorted(chain(ROOT.glob("*.py"), ROOT.glob("data/**/*.py")))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
-ROOMS = {path.relative_to(ROOT).as_posix() for path in PRODUCT}  # a room is a file
-GROUND = {"model.py", "spin_loss.py", "data/errors.py"}  # these import no file of the project
-DATA = {room for room in ROOMS if room.startswith("data/") and room.count("/") == 1}
-RUN = {room for room in ROOMS if room.startswith("data/run/")}
-THEORY = {room for room in ROOMS if room.startswith("data/theory/")}
+TEXTS = sorted(path for path in chain(
+    PRODUCT, TESTS, *(ROOT.glob(pattern) for pattern in (
+        "*.md", "*.txt", ".*", "data/*.md", "tests/**/*.md", "tests/**/*.toml", ".ci/*",
+        ".github/workflows/*"))) if path.is_file())
 
 
 def name(path):
@@ -26,23 +28,8 @@ def parsed(path):
     return ast.parse(path.read_text("utf-8"), str(path))
 
 
-def may_import(room) -> set[str]:
-    """The rooms that a file may import: those below it, and its neighbours."""
-    if room in GROUND:
-        return set()
-    if room in THEORY:
-        return {"spin_loss.py", "data/errors.py"} | THEORY
-    if room in RUN:
-        return GROUND | DATA | RUN
-    if room in DATA:
-        return GROUND | DATA
-    if room == "sample.py":
-        return GROUND | DATA | RUN
-    return ROOMS  # train.py
-
-
-def imports(path) -> set[str]:
-    """The files of the project that a file imports, wherever in it the import stands."""
+def imported(path) -> set[str]:
+    """The modules that a file imports, wherever in it: "data.world", and "data.world.World" too."""
     names = set()
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
@@ -50,54 +37,37 @@ def imports(path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno}: a relative import"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    found = set()
-    for name in names:
-        file = Path(*name.split(".")).with_suffix(".py")
-        # A file that is also a script finds its neighbours by their bare names.
-        for candidate in (ROOT / file, path.parent / file):
-            if candidate.is_file() and candidate != path:
-                found.add(candidate.relative_to(ROOT).as_posix())
-    return found
+    return names
 
 
-GRAPH = {name(path): imports(path) for path in PRODUCT}
+def rooms_of(names) -> set[str]:
+    """The files of the project among some modules; a package is its __init__.py."""
+    places = [place for module in names for place in (
+        ROOT / Path(*module.split(".")).with_suffix(".py"),
+        ROOT / Path(*module.split(".")) / "__init__.py")]
+    return {name(place) for place in places if place.is_file()}
 
 
-def test_imports_are_found():
-    """Or the tests below would find nothing wrong with anything."""
-    assert {"model.py", "spin_loss.py", "sample.py", "data/metrics.py"} <= GRAPH["train.py"]
-    assert {"data/tokenizer.py", "data/errors.py"} <= GRAPH["data/world.py"]
-    assert "data/instructions.py" in GRAPH["data/tokenizer.py"], "imported as a script"
+GRAPH = {name(path): rooms_of(imported(path)) - {name(path)} for path in PRODUCT}
+GROUND = {"model.py", "spin_loss.py", "data/__init__.py"}  # these import no file of the project
+DATA = {room for room in GRAPH if room.startswith("data/") and room.count("/") == 1}
+RUN = {room for room in GRAPH if room.startswith("data/run/")}
 
 
-def test_every_import_points_down():
-    for room, below in GRAPH.items():
-        upward = below - may_import(room)
-        assert not upward, f"{room} imports {', '.join(sorted(upward))}, which stands above it"
-    for room, below in GRAPH.items():
-        assert "train.py" not in below, f"{room} imports train.py"
-        assert "sample.py" not in below or room == "train.py", f"{room} imports sample.py"
+def may_import(room) -> set[str]:
+    """The files that a file may import: those below it, and its neighbours."""
+    if room in GROUND:
+        return set()
+    if room == "data/theory.py":
+        return GROUND - {"model.py"}
+    if room in DATA:
+        return GROUND | DATA - {"data/theory.py"}
+    if room in RUN | {"sample.py"}:
+        return GROUND | DATA | RUN - {"data/theory.py"}
+    return GRAPH.keys() - {"data/theory.py"}  # train.py
 
 
-def test_no_imports_go_round_in_a_circle():
-    finished = set()
-
-    def visit(room, path):
-        assert room not in path, " → ".join([*path[path.index(room):], room])
-        if room not in finished:
-            for below in sorted(GRAPH[room]):
-                visit(below, [*path, room])
-            finished.add(room)
-    for room in GRAPH:
-        visit(room, [])
-
-
-def test_the_house_has_three_folders_and_few_doors():
-    assert {path.parent.relative_to(ROOT).as_posix() for path in PRODUCT} == {
-        ".", "data", "data/run", "data/theory"}
-    doors = sum(map(len, GRAPH.values()))
-    assert len(ROOMS) <= 22 and doors <= 60, f"{len(ROOMS)} files, {doors} imports between them"
-
+# ---- Files --------------------------------------------------------------------------------------
 
 def test_top_level_holds_what_it_promises():
     written = {"out", "__pycache__"}  # by a run, by Python
@@ -105,47 +75,77 @@ def test_top_level_holds_what_it_promises():
     assert seen == VISIBLE, f"too much: {seen - VISIBLE}; missing: {VISIBLE - seen}"
 
 
-def test_no_line_is_longer_than_a_hundred_columns():
+def test_data_is_a_package_of_one_floor_and_the_rooms_of_a_run():
+    assert (ROOT / "data" / "__init__.py").is_file(), "or another package of that name is imported"
+    assert {path.parent.relative_to(ROOT).as_posix() for path in PRODUCT} == {
+        ".", "data", "data/run"}
+    assert len(GRAPH) <= 19 and sum(map(len, GRAPH.values())) <= 65, "files, and imports"
+
+
+def test_every_import_points_down():
+    assert {"model.py", "data/metrics.py"} <= GRAPH["data/run/folder.py"] | GRAPH["train.py"]
+    assert "data/__init__.py" in GRAPH["data/world.py"], "imports are not found"
+    for room, below in GRAPH.items():
+        upward = below - may_import(room)
+        assert not upward, f"{room} imports {', '.join(sorted(upward))}, which stands above it"
+
+
+def reached(room, path=()) -> set[str]:
+    """All that a file imports, and what that imports; no way may lead back to the file."""
+    assert room not in path, f"a circle: {' → '.join([*path[path.index(room):], room])}"
+    return {room}.union(*(reached(below, (*path, room)) for below in GRAPH[room]))
+
+
+def test_no_imports_go_round_in_a_circle():
+    for room in GRAPH:
+        reached(room)
+
+
+def test_sampling_imports_no_matplotlib():
+    drawing = {name(path) for path in PRODUCT if any(
+        module.split(".")[0] == "matplotlib" for module in imported(path))}
+    assert drawing == {"data/run/figures.py", "data/theory.py"}
+    assert not reached("sample.py") & drawing
+
+
+def test_four_packages_are_enough_and_each_version_is_pinned():
+    modules = set().union(*map(imported, PRODUCT))
+    packages = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
+    assert packages - {"data", *(path.stem for path in ROOT.glob("*.py"))} == {
+        "torch", "tiktoken", "numpy", "matplotlib"}
+    pinned = (ROOT / "requirements.txt").read_text("utf-8").split()
+    assert all(re.fullmatch(r"[\w-]+==\d[\w.]*", line) for line in pinned), pinned
+    assert {line.split("=")[0] for line in pinned} >= {"torch", "tiktoken", "numpy", "matplotlib",
+                                                      "pytest"}
+
+
+# ---- Lines --------------------------------------------------------------------------------------
+
+def test_no_line_of_code_is_longer_than_a_hundred_columns():
     long = [f"{name(path)}:{number} has {len(line)}" for path in PRODUCT + TESTS
             for number, line in enumerate(path.read_text("utf-8").split("\n"), 1)
             if len(line) > 100]
     assert not long, "\n".join(long)
 
 
-# ---- Algorithm 1 on one screen ------------------------------------------------------------------
+def test_no_file_names_this_machine_or_a_registry():
+    words = [rf"{re.escape(str(folder))}\b" for folder in (ROOT, Path.home(), Path(sys.prefix))
+             if len(folder.parts) > 1]
+    pattern = re.compile("|".join([*(rf"(?<![\w.]){word}" for word in words),
+                                   "index-" + "url", "PIP_" + "INDEX"]))
+    found = [f"{name(path)}: {hit[0]}" for path in TEXTS
+             if (hit := pattern.search(path.read_text("utf-8")))]
+    assert not found, found
 
-def test_main_shows_algorithm_1_in_a_dozen_lines():
-    """From SFT's `fit` to the loop's: a visible frozen copy, its responses, training against it."""
-    source = (ROOT / "train.py").read_text("utf-8")
-    main, = (node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
-    calls = [node for node in ast.walk(main) if isinstance(node, ast.Call)]
-    lines_of = lambda name: sorted(node.lineno for node in calls
-                                   if ast.unparse(node.func) == name)
-    sft, self_play = lines_of("fit")
-    copied, = lines_of("copy.deepcopy")
-    sampled, = lines_of("self_play")
-    assert sft < copied < sampled < self_play, (
-        "SFT; then a frozen copy, its responses, training against it")
-    lines = source.split("\n")[sft - 1:self_play]
-    assert len(lines) <= 12 and all(line.strip() for line in lines), "\n".join(lines)
-    # Nothing else stands between them: no saving, no timing, no drawing.
-    between = {ast.unparse(node.func) for node in calls if sft <= node.lineno <= self_play}
-    assert between <= {"fit", "sft_responses", "copy.deepcopy", "self_play", "range",
-                       "run.unfinished", "run.policy"}, between
-
-
-# ---- Everywhere ---------------------------------------------------------------------------------
 
 def opens_text(node) -> bool:
     """Whether a call opens a file as text without naming an encoding."""
-    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    called = getattr(node.func, "attr", getattr(node.func, "id", ""))
     if any(word.arg in ("encoding", None) for word in node.keywords):
         return False
-    if name == "read_text":
-        return not node.args
-    if name == "write_text":
-        return len(node.args) < 2
-    if name == "open" and ast.unparse(node.func) in ("open", "io.open"):
+    if called in ("read_text", "write_text"):
+        return len(node.args) < (1 if called == "read_text" else 2)
+    if called == "open" and ast.unparse(node.func) in ("open", "io.open"):
         mode = next((word.value for word in node.keywords if word.arg == "mode"),
                     node.args[1] if len(node.args) > 1 else None)
         return not (isinstance(mode, ast.Constant) and "b" in mode.value)
@@ -159,31 +159,34 @@ def test_text_files_are_opened_as_utf_8():
     assert not wrong, "no encoding is named in\n" + "\n".join(wrong)
 
 
-def executed_at_import(node):
-    """The nodes of a module that Python evaluates when it is imported."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and child in (
-                node.body if isinstance(node.body, list) else [node.body]):
-            continue
-        yield child
-        yield from executed_at_import(child)
-
-
-def test_nothing_that_only_linux_has_is_needed_at_import():
-    modules = {"fcntl", "msvcrt", "resource", "pwd", "grp", "termios", "pty"}
-    attributes = {"signal.SIGKILL", "os.fork", "os.killpg", "os.setsid"}
-    wrong = []
+def test_nothing_that_only_linux_has_is_imported_at_once():
     for path in PRODUCT + TESTS:
-        for node in executed_at_import(parsed(path)):
-            if isinstance(node, ast.Import):
-                names = {alias.name for alias in node.names} & modules
-            elif isinstance(node, ast.ImportFrom):
-                names = {node.module} & modules
-            elif isinstance(node, ast.Attribute):
-                names = {ast.unparse(node)} & attributes
-            elif isinstance(node, ast.Constant):
-                names = {"forkserver"} if node.value == "forkserver" else set()
-            else:
-                names = set()
-            wrong += [f"{name(path)}:{node.lineno}: {found}" for found in names]
-    assert not wrong, "not everywhere:\n" + "\n".join(wrong)
+        at_once = {ast.unparse(node) for node in parsed(path).body
+                   if isinstance(node, (ast.Import, ast.ImportFrom))}
+        assert not [line for line in at_once if re.search(
+            r"\b(fcntl|msvcrt|resource|pwd|grp|termios|pty)\b", line)], path
+
+
+# ---- Algorithm 1 on one screen ------------------------------------------------------------------
+
+def test_main_shows_algorithm_1_in_a_dozen_lines():
+    """SFT's `fit`; then the opponent, its responses, and training against it."""
+    source = (ROOT / "train.py").read_text("utf-8")
+    main, = (node for node in ast.parse(source).body if getattr(node, "name", "") == "main")
+    lines = {node.lineno: ast.unparse(node).split("(")[0] for node in ast.walk(main)
+             if isinstance(node, ast.Assign)}
+    steps = [lines[number] for number in sorted(lines)][-4:]
+    assert steps[0] == steps[3] == "policy = fit" and steps[2] == "responses = self_play"
+    assert steps[1].startswith("opponent = policy if config.opponent == 'previous'")
+    first, last = sorted(lines)[-4], max(lines)
+    assert last - first < 8, "nothing else stands between them: no saving, no timing, no drawing"
+
+
+# ---- Examples in docstrings ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", [path for path in PRODUCT if ">>> " in path.read_text("utf-8")],
+                         ids=name)
+def test_examples_in_docstrings_give_what_they_say(path):
+    module = importlib.import_module(name(path).removesuffix(".py").replace("/", "."))
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed

@@ -75,7 +75,7 @@ class Run:
         if names and not (config.resume or config.overwrite):
             raise InputError(f"--out {out}: holds a run already; --resume it, --overwrite it, or "
                              f"name another folder")
-        if config.resume and (out / "latest.pt").is_file():
+        if config.resume and names & {"latest.pt", "iteration_0.pt"}:
             state = self.resumable()
         else:  # also --resume of a run that was stopped before its first report
             for name in filter(is_file_of_a_run, names - {"config.json"}):  # replaced below
@@ -99,6 +99,8 @@ class Run:
     def resumable(self) -> dict:
         """The state in latest.pt, or InputError if it does not belong to a run like this one."""
         path = self.out / "latest.pt"
+        if not path.is_file():
+            raise InputError(f"{path}: missing, so the run cannot go on; --overwrite replaces it")
         state = load(path)
         if not {"t", "step", "seconds", "rows", "settings"} <= state.keys():
             raise InputError(f"{path}: not written by this train.py; start afresh in another --out")
