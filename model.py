@@ -48,12 +48,12 @@ class KVCache:
 
     def extend(self, layer: int, k_BHTK, v_BHTK):
         """Append one layer's new keys and values; return all of them, [B, H, C, K] each."""
+        k_BHCK, v_BHCK = k_BHTK, v_BHTK
         if layer in self.layers:
-            old_k_BHCK, old_v_BHCK = self.layers[layer]
-            k_BHTK = torch.cat([old_k_BHCK, k_BHTK], dim=2)
-            v_BHTK = torch.cat([old_v_BHCK, v_BHTK], dim=2)
-        self.layers[layer] = k_BHTK, v_BHTK
-        return k_BHTK, v_BHTK
+            k_BHCK, v_BHCK = (torch.cat(pair, dim=2) for pair in
+                              zip(self.layers[layer], (k_BHTK, v_BHTK)))
+        self.layers[layer] = k_BHCK, v_BHCK
+        return k_BHCK, v_BHCK
 
     def keep(self, row_N):
         """Let row n be what row row_N[n] was: repeat, reorder or drop rows."""
@@ -76,7 +76,7 @@ class Attention(nn.Module):
             part_BTD.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
             for part_BTD in self.c_attn(x_BTD).split(D, dim=2))
         k_BHCK, v_BHCK = (k_BHTK, v_BHTK) if cache is None else cache.extend(layer, k_BHTK, v_BHTK)
-        # softmax(q kᵀ/√K) v without a table of all the scores; it is the same for every head.
+        # softmax(q kᵀ/√K) v without a table of all the scores. All heads have the same mask.
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHCK, v_BHCK, visible_BTC[:, None])
         return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
 

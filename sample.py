@@ -2,8 +2,9 @@
 
     y_k ~ softmax(logits / temperature),  logits from (x, y_<k),  until END
 
-Self-play needs exactly this at temperature 1 with nothing cut off: only then is a response a sample
-of p_t, which every theorem of the paper supposes.
+Self-play needs exactly this, at temperature 1 and without top-k: only then is a response a sample
+of p_t, which every theorem of the paper supposes. A response that becomes too long is cut short: it
+has no END, and counts as a wrong response with a log-probability of its own.
 
 Reading order: `next_tokens` → `generate` → `expectation` → `main`, which asks every policy that a
 run has saved.
@@ -73,6 +74,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
     position_B = length_P[row_B]  # of the token that is drawn next
     visible_BC = torch.arange(tokens_PT.shape[1], device=device) < position_B[:, None]  # no padding
     unfinished_B = torch.arange(len(prompts), device=device)  # whose rows are still in the batch
+    # + 1, because the last token drawn is never read: it needs no position.
     most = min(max_new_tokens, block_size + 1 - min(map(len, distinct)))
     responses = torch.full((len(prompts), most), -1, device=device)
     for k in range(most):
@@ -144,7 +146,7 @@ class SampleConfig:
 def main(args: SampleConfig):
     """Print, for each prompt, how often each saved policy gives each response, beside p_data."""
     check_limits(args)
-    paths = {p.stem[10:]: p for p in Path(args.out).glob("iteration_*.pt")}
+    paths = {p.stem.removeprefix("iteration_"): p for p in Path(args.out).glob("iteration_*.pt")}
     names = sorted(filter(str.isdecimal, paths), key=int)
     if not names:
         raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")

@@ -9,8 +9,8 @@ Reading order: `token_logps` and `sequence_logps`, the log-probabilities → `LO
 which computes `token_logps` in less memory; it is the hardest part, and can be left for last.
 
 Dimensions: B sequences or pairs, T tokens, S = T−1 scored positions, D width, V vocabulary, C
-columns of V; U hidden states and N flat targets, or P prompts with a table of N responses each; K
-responses of a theorem's policy.
+columns of V. For log-probabilities: U hidden states, N targets. For losses and the anchor: tables
+of N responses to each of P prompts. For the theory: K responses.
 """
 import functools
 import math
@@ -56,7 +56,8 @@ def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
 # --- the losses ----------------------------------------------------------------------------------
 
 # A loss is a function of two log-ratios: r = log p_θ(y)/p_t(y) of the real response and
-# s = log p_θ(y')/p_t(y') of the generated one. To add a loss, add a line: `--loss` offers it then.
+# s = log p_θ(y')/p_t(y') of the generated one. To add a loss, add a line: `--loss` offers it then;
+# with a line in THEOREM_LAM below, its prediction is shown too.
 LOSSES = {
     "logistic": lambda r, s, lam: F.softplus(-lam * (r - s)),  # Eq. 4.7: ℓ(u) = log(1 + e^−u)
     "hinge": lambda r, s, lam: F.relu(1 - lam * (r - s)),
@@ -98,12 +99,13 @@ def pair_loss(player_PN, opponent_PN, real_PN, generated_PN, lam, loss="logistic
 # --- what the loss cannot see --------------------------------------------------------------------
 
 def mass_anchor(player_PN, opponent_PN, log_share_PN):
-    """−log m for each prompt, where m = min(1, Σ_n share_n p_θ(y_n)/p_t(y_n)). [P], nats.
+    """−log min(1, m) for each prompt, where m = Σ_n share_n p_θ(y_n)/p_t(y_n). [P], nats.
 
     The loss depends on differences of log-ratios alone, so it does not change if p_θ of every
     response that it sees falls by one factor: that direction is flat. Training drifts along it all
-    the same, because what lowers wrong responses also lowers the tokens that they share with right
-    ones, and nothing in the loss pushes back. What all of them lose goes to unseen strings.
+    the same. What lowers wrong responses also lowers the tokens that they share with right ones,
+    and nothing in the loss pushes back; at each token the softmax gives what these lose to all
+    other tokens, most of which lead to strings that nobody has sampled.
 
     m estimates Σ_y p_θ(y) = 1 from the responses at hand. A real one adds p_θ(y) itself, since its
     share is p_t(y); any other sampled one adds its share of the samples times p_θ/p_t. The mean of
@@ -113,7 +115,8 @@ def mass_anchor(player_PN, opponent_PN, log_share_PN):
     −log m is the simplest penalty on that. At Theorem 5.4's optimum p_θ has only right responses,
     so m is 1 if all of them are among the real ones, and the optimum stays where it is. The slope
     is 1 for each nat of log m, however small the leak. m > 1 is no leak: it comes from a rare
-    response with a huge ratio. log_share_PN is −∞ for padding.
+    response with a large ratio, and min(1, m) keeps it from being rewarded. (So where samples are
+    few, the anchor pushes a little even without a leak.) log_share_PN is −∞ for padding.
     """
     log_m_P = (player_PN + (log_share_PN - opponent_PN)).logsumexp(dim=1)
     return -log_m_P.clamp(max=0)
@@ -140,9 +143,11 @@ def optimal_next_policy(logp_data_K, logp_opponent_K, lam):
     return score_K.masked_fill(~support_K, -math.inf).log_softmax(dim=-1)
 
 
-# The λ with which Theorem 5.4 holds for other losses: each pair is balanced where p₊ ∂L/∂r at
-# (Δ, 0) is −p₋ ∂L/∂s at (0, Δ), which gives e^{cΔ} = p₊/p₋ with this c. Hinge and correlation are
-# not balanced anywhere. SPACE asks of each response alone, and its optimum is p_data itself.
+# The λ with which Theorem 5.4 holds for other losses. Exponential: two responses, which are real
+# and generated with probability p₊, or the other way round with p₋, cost p₊ e^−λΔ + p₋ e^λΔ, where
+# Δ is the difference of their log-ratios. The slope is 0 where e^2λΔ = p₊/p₋, as if λ were 2λ.
+# SPACE asks of each response alone, and its optimum is p_data itself. The straight losses, hinge
+# and correlation, have no such optimum.
 THEOREM_LAM = {
     "logistic": lambda lam: lam,
     "exponential": lambda lam: 2 * lam,
@@ -193,8 +198,8 @@ class FusedLogps(torch.autograd.Function):
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
             target_logit_N = torch.where(inside_N, logits_UC[row_N, column_N], target_logit_N)
             max_U, sum_U = join(logits_UC, max_U, sum_U)
-        one_block = len(weight_CD) == len(weight_VD)  # the vocabulary is small:
-        ctx.logits_UC = logits_UC if one_block else None  # keep the block, do not make it twice
+        # If the last block was also the first, keep it for the backward pass.
+        ctx.logits_UC = logits_UC if len(weight_CD) == len(weight_VD) else None
         ctx.save_for_backward(hidden_UD, weight_VD, targets_N, row_N, max_U, sum_U)
         return (target_logit_N - max_U[row_N]) - sum_U.log()[row_N]
 

@@ -56,9 +56,9 @@ class Config:
                            "for ever (then it is no self-play)", choices=("previous", "sft"))
     steps: int = option(250, "optimiser steps in an iteration; most of the gain is made by then",
                         1, 10**9)
-    batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
-                             "1024 / 16 negatives = 64 prompts, in SFT too", 1, 10**9)
     negatives: int = option(16, "responses the opponent gives to each prompt", 1, 10**6)
+    batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
+                             "with 16 negatives, 1024 are 64 prompts, in SFT too", 1, 10**9)
     lr: float = option(4e-3, "high, as a model this small allows: progress is bounded by the "
                        "steps, and the falling rate removes noise", TINY, 10)
     sft_steps: int = option(212, "few: self-play should start from a weak model", 1, 10**9)
@@ -99,6 +99,9 @@ class Config:
 
 
 # --- the objectives: what a step minimises, for each prompt, [P] ---------------------------------
+# A Part (data/responses.py) has tables of the responses to some prompts: what each weighs as a real
+# response (real_PN) and as a generated one (generated_PN), log p_t (opponent_PN), and the anchor's
+# shares (log_share_PN).
 
 def sft_objective(player, part, config):
     """−E log p_θ(y|x), y from the SFT set: maximum likelihood."""
@@ -130,9 +133,11 @@ OBJECTIVES = {"spin": spin_objective, "sft": sft_objective}
 # --- training one policy -------------------------------------------------------------------------
 
 def fit(policy, objective, responses, t, run):
-    """Train a copy of the policy into p_t and return it; the policy itself stays as it is.
+    """Train a copy of the policy and return it, p_t; the policy itself stays as it is.
 
-    objective(player, part, config) gives the loss of each prompt in a Part of the responses.
+    Here t is the index of the policy that comes out (t + 1 in `main`). objective(player, part,
+    config) gives the loss of each prompt in a Part of the responses. It must not draw random
+    numbers, for --resume would draw others.
     """
     config, train = run.config, run.world.splits["train"]
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)

@@ -45,14 +45,15 @@ def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
     return found
 
 
+# What every row of metrics.jsonl has; a metric more needs no line here.
 NAMES = ("kl", "tv", "off_support", "sampled_wrong", "predicted_kl", "predicted_tv", "loss",
          "loss_floor", "logp_real", "logp_generated", "margin")
 
 
 def means(metric_P, prompts, world) -> dict:
     """The means over some prompts, and the KL of each family of them."""
-    found = {name: float(metric_P[name][prompts].mean()) if name in metric_P else None
-             for name in NAMES}
+    found = dict.fromkeys(NAMES) | {name: float(x_P[prompts].mean())
+                                    for name, x_P in metric_P.items()}
     families = {}
     for p in prompts:
         families.setdefault(world.rows[p]["family"], []).append(float(metric_P["kl"][p]))

@@ -18,7 +18,7 @@ binds the two.
 Reading order: `grow`, one prompt's rows → `Rows` and `Part`, what the network reads at a time →
 `response_logps` → `ResponseTable` and `known_shares`, the weights → `Responses`.
 Dimensions: R rows of T places, U places that score something, S steps of all paths, P prompts with
-a table of N responses each (padded with weight 0), D width. Log-probs in nats.
+a table of N responses each (padded with weight 0) and X columns, D width. Log-probs in nats.
 """
 import functools
 import os
@@ -36,6 +36,8 @@ from spin_loss import token_logps
 # places stay in the cache, which makes several small parts faster than a large one.
 PLACES = {"cpu": 1 << 10, "cuda": 1 << 13}
 PAIRS = 1 << 20
+
+COLUMNS = ("is_response", "data", "real", "generated", "opponent", "log_share")  # X, of a table
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -60,6 +62,7 @@ def grow(prompt, responses):
         # path[k] is the place that has read k tokens of the response; ANSWER's place for k = 0.
         shared = len(os.path.commonprefix([previous, response]))
         del path[shared + 1:]
+        # A new row, if this response would make the last one too wide:
         if not rows or len(rows[-1][0]) + len(response) - len(path) > widest:
             rows.append(([(token, i) for i, token in enumerate(prompt)], []))
             path = [len(prompt) - 1]
@@ -185,9 +188,11 @@ class ResponseTable:
         with np.errstate(divide="ignore"):  # log 0 = −∞
             # Logs, because p_t of a long response is too small for a float.
             log_share_N = np.where(self.real_N > 0, opponent_N, np.log(self.sampled_N))
-        self.columns_NX = torch.tensor(np.stack([  # in the order of Part; 1 is no padding
-            np.ones_like(opponent_N), self.data_N, self.real_N, generated_N, opponent_N,
-            log_share_N], axis=1), dtype=torch.float32)
+        columns = {"is_response": np.ones_like(opponent_N), "data": self.data_N,
+                   "real": self.real_N, "generated": generated_N, "opponent": opponent_N,
+                   "log_share": log_share_N}
+        self.columns_NX = torch.tensor(np.stack([columns[name] for name in COLUMNS], axis=1),
+                                       dtype=torch.float32)
 
 
 def known_shares(real_N, sampled_N, opponent_N, n):
@@ -250,10 +255,11 @@ class Responses:
 
         columns_PNX = to_device(
             pad_sequence([table.columns_NX for table in tables], batch_first=True), device)
-        is_response_PN, *weights, log_share_PN = columns_PNX.unbind(dim=2)
-        is_response_PN = is_response_PN > 0
-        return Part(prompts, pieces, is_response_PN, *weights,
-                    log_share_PN.masked_fill(~is_response_PN, -torch.inf))
+        column = dict(zip(COLUMNS, columns_PNX.unbind(dim=2)))
+        is_response_PN = column["is_response"] > 0
+        return Part(prompts, pieces, is_response_PN, column["data"], column["real"],
+                    column["generated"], column["opponent"],
+                    column["log_share"].masked_fill(~is_response_PN, -torch.inf))
 
 
 def sft_responses(world) -> Responses:

@@ -45,12 +45,12 @@ def rows_of_a_run(iters=2, reports=2, kl=0.5, empirical=False, **changes) -> lis
     return rows
 
 
-def axes_of(rows, empirical=False, loss="logistic", shown=SHOWN):
+def axes_of(rows, empirical=False, start=math.log(2), shown=SHOWN):
     """The axes of convergence.png."""
     with figures.own_style(13):
         figure = Figure(figsize=(16, 5.2 if empirical else 11), dpi=80)
         FigureCanvasAgg(figure)
-        figures.draw_panels(figure, rows, shown, empirical, loss)
+        figures.draw_panels(figure, rows, shown, empirical, start)
     return figure.get_axes()
 
 
@@ -62,7 +62,8 @@ def labels(ax):
 
 def test_neither_backend_nor_settings_of_the_user_stop_or_deform_a_picture(tmp_path):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\naxes.facecolor: red\n"
-                                           "savefig.bbox: tight\nbackend: TkAgg\n", encoding="utf-8")
+                                           "savefig.bbox: tight\nbackend: TkAgg\n",
+                                           encoding="utf-8")
     code = ("import sys, hashlib, test_figures as t; from data.run import figures as f\n"
             "assert 'matplotlib.pyplot' not in sys.modules\n"
             "print(hashlib.sha256(f.draw_convergence(t.rows_of_a_run(), t.SHOWN)\n"
@@ -108,22 +109,22 @@ def test_a_log_axis_of_less_than_a_decade_has_numbers(kl):
     assert all(label.get_text() for label in ax.get_yticklabels())
 
 
-@pytest.mark.parametrize("loss, value", [("logistic", math.log(2)), ("hinge", 1),
-                                         ("exponential", 1), ("space", 2 * math.log(2))])
-def test_b_shows_the_loss_its_floor_and_the_value_it_starts_from(loss, value):
+@pytest.mark.parametrize("start", [math.log(2), 1.0, 2 * math.log(2)])
+def test_b_shows_the_loss_its_floor_and_the_value_it_starts_from(start):
     rows = rows_of_a_run()
-    ax = axes_of(rows, loss=loss)[1]
-    assert [*ax.lines[0].get_ydata()] == [r["loss"] for r in figures.spin_reports(rows)[0][:2]]
-    assert [*ax.lines[0].get_xdata()] == [0.5, 1.0]
-    assert ax.lines[-1].get_ydata()[0] == pytest.approx(value)
-    assert ("log 2" in labels(ax)[-1]) == (loss == "logistic")
+    ax = axes_of(rows, start=start)[1]
+    reports = [r["loss"] for r in figures.spin_reports(rows)[0][:2]]
+    assert [*ax.lines[0].get_ydata()] == [start, *reports]
+    assert [*ax.lines[0].get_xdata()] == [0, 0.5, 1.0]
+    assert ax.lines[-1].get_ydata()[0] == pytest.approx(start)
+    assert labels(ax)[-1].startswith({1.0: "1:"}.get(start, "log 2:" if start < 1 else "1.39:"))
     assert [mark.get_segments()[0].tolist() for mark in ax.collections] == [
         [[0, 0.6], [1, 0.6]], [[1, 0.6], [2, 0.6]]]
 
 
 @pytest.mark.parametrize("changes", [{"loss_floor": None}, {"loss_floor": None, "method": "sft"}])
 def test_b_names_no_floor_where_there_is_none(changes):
-    ax = axes_of(rows_of_a_run(**changes))[1]
+    ax = axes_of(rows_of_a_run(**changes), start=None if "method" in changes else math.log(2))[1]
     assert not ax.collections and not any("floor" in label for label in labels(ax))
     assert any("log 2" in label for label in labels(ax)) == ("method" not in changes)
 

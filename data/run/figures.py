@@ -18,10 +18,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data.run.console import short
-from spin_loss import LOSSES
 
 # MPLBACKEND names a kind of window. A notebook sets it, also for the programs that it starts, and
 # matplotlib cannot be imported where that kind is not installed. A picture in a file needs none, so
@@ -105,21 +103,22 @@ def log_axis(ax):
     ax.yaxis.set_major_formatter("{x:g}")
 
 
-def draw_loss(ax, rows, loss):
-    """(b) the loss in each iteration, its floor, and its value where an iteration begins."""
+def draw_loss(ax, rows, start):
+    """(b) the loss in each iteration and its floor. `start`: where each iteration begins."""
     rows, places = spin_reports(rows)
     for t in range(1, rows[-1]["iteration"] + 1):
         here = [k for k, row in enumerate(rows) if row["iteration"] == t]
-        ax.plot([places[k] for k in here], [rows[k]["loss"] for k in here], ".-", color=TRAIN,
-                label="the loss on train prompts" if t == 1 else None)
+        x, y = [places[k] for k in here], [rows[k]["loss"] for k in here]
+        if start is not None:
+            x, y = [t - 1, *x], [start, *y]
+        ax.plot(x, y, ".-", color=TRAIN, label="the loss on train prompts" if t == 1 else None)
         floor = rows[here[0]]["loss_floor"]
         if floor is not None:
             ax.hlines(floor, t - 1, t, color=THEORY, lw=3,
                       label="its floor, the least that it can be" if t == 1 else None)
-    if rows[-1]["method"] == "spin":
-        value = LOSSES[loss](torch.zeros(()), torch.zeros(()), 1.0).item()
-        name = "log 2" if loss == "logistic" else f"{value:.3g}"
-        ax.axhline(value, color=GREY, ls=":", label=f"{name}, the loss where p_θ = p_t")
+    if start is not None:
+        name = "log 2" if abs(start - np.log(2)) < 1e-6 else f"{start:.3g}"
+        ax.axhline(start, color=GREY, ls=":", label=f"{name}: each iteration begins at p_θ = p_t")
     title, floor = "(b) the loss", rows[-1]["loss_floor"]
     if floor is not None:
         title = f"(b) loss ends {rows[-1]['loss'] - floor:.3f} above its floor"
@@ -205,7 +204,8 @@ def draw_legend(figure, policies, rows, place):
     """The colours of (d). policies: [(name, colour)]."""
     handles = [Patch(color=colour, label=name) for name, colour in [("p_data", DATA), *policies]]
     if any(any(predictions(row)) for row in rows):
-        handles.append(Line2D([], [], color=THEORY, lw=3, label="what Theorem 5.4 predicts for it"))
+        handles.append(Line2D([], [], color=THEORY, lw=3,
+                              label="what Theorem 5.4 makes of the policy before"))
     figure.legend(handles=handles, loc=place, ncols=len(handles), frameon=False)
 
 
@@ -229,25 +229,25 @@ def characters_of_the_font() -> set[int]:
 
 # --- the pictures --------------------------------------------------------------------------------
 
-def draw_convergence(rows, shown, empirical=False, loss="logistic") -> bytes:
+def draw_convergence(rows, shown, empirical=False, start=None) -> bytes:
     """convergence.png, from the rows so far and the prompts of panel (d)."""
     picture = io.BytesIO()
     with own_style(13):
         figure = Figure(figsize=(16, 5.2 if empirical else 11), dpi=80)
         FigureCanvasAgg(figure)
-        draw_panels(figure, rows, shown, empirical, loss)
+        draw_panels(figure, rows, shown, empirical, start)
         figure.savefig(picture, format="png")
     return picture.getvalue()
 
 
-def draw_panels(figure, rows, shown, empirical, loss):
+def draw_panels(figure, rows, shown, empirical, start):
     """All panels, on an empty figure."""
     top, bottom = (figure, None) if empirical else figure.subfigures(2, 1, height_ratios=(1.15, 1))
     axes = panels(top, 3, False, wspace=0.25, bottom=0.36, top=0.93)
     if pick(rows, "iteration"):
         draw_distance(axes[0], rows, empirical)
     if spin_reports(rows)[0]:
-        draw_loss(axes[1], rows, loss)
+        draw_loss(axes[1], rows, start)
         (draw_logps if empirical else draw_masses)(axes[2], rows)
     for ax, begin in zip(axes, ("after SFT", "in iteration 1", "in iteration 1")):
         if not ax.has_data():
@@ -351,12 +351,12 @@ class Window:
         if self.figure is None:
             print("--show: there is no display here; convergence.png shows the same panels")
 
-    def redraw(self, rows, shown, empirical=False, loss="logistic"):
+    def redraw(self, rows, shown, empirical=False, start=None):
         import matplotlib.pyplot as plt
         if self.figure is None or not plt.fignum_exists(self.figure.number):
             return  # there is no display, or the user has closed the window
         with own_style(9):
             self.figure.clear()
-            draw_panels(self.figure, rows, shown, empirical, loss)
+            draw_panels(self.figure, rows, shown, empirical, start)
             self.figure.canvas.draw()
         self.figure.canvas.flush_events()

@@ -29,6 +29,7 @@ from data.run.files import load, load_policy, save, save_policy, write
 from data.run.options import flag_of
 from data.run.parallel import gather, rank
 from data.tokenizer import dump_ranks
+from spin_loss import LOSSES
 
 # Flags that do not change the numbers of a run: they may differ when it is resumed.
 FREE = ("out", "resume", "overwrite", "iters", "device", "threads", "show", "reports", "data",
@@ -49,6 +50,11 @@ class Run:
         self.state = gather(self.open() if rank() == 0 else None)[0]
         self.t, self.rows = self.state["t"], self.state["rows"]
         self.began = time.monotonic() - self.state["seconds"]
+        # The loss at the start of an iteration, where p_θ = p_t; if the opponent is always p_0, or
+        # with more SFT, an iteration begins elsewhere.
+        zero = torch.zeros(())
+        self.loss_at_start = LOSSES[config.loss](zero, zero, config.lam).item() if (
+            config.method == "spin" and config.opponent == "previous") else None
         self.window = Window() if config.show and rank() == 0 else None
 
     # --- opening the folder ---
@@ -168,9 +174,10 @@ class Run:
         if finished:
             save_policy(self.out / f"iteration_{t}.pt", player, self.world)
             write(self.out / "convergence.png",
-                  draw_convergence(self.rows, self.shown, self.world.empirical, self.config.loss))
+                  draw_convergence(self.rows, self.shown, self.world.empirical,
+                                   self.loss_at_start))
         if self.window:
-            self.window.redraw(self.rows, self.shown, self.world.empirical, self.config.loss)
+            self.window.redraw(self.rows, self.shown, self.world.empirical, self.loss_at_start)
         state = {"t": t + 1, "step": 0} if finished else {
             "t": t, "step": step, "learner": [part.state_dict() for part in learner]}
         save(self.out / "latest.pt", state | {

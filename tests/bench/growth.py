@@ -1,168 +1,109 @@
-"""How time and memory grow with the number of prompts, and with the responses to each prompt.
+"""How time and memory grow with the number of prompts, with their responses, and with length.
 
-A part of tests/bench/train.py (`--parts growth`), which draws out/bench_growth.png.
+    python tests/bench/growth.py                 every case (15 minutes)
+    python tests/bench/growth.py long "prompts 50000"   these alone
+    python tests/bench/growth.py --quick         tiny cases: does it still run?
 
-prompts    The world again and again with a number before each prompt, so that all prompts are
-           distinct: 400 to 50 000 of them, with 8 responses each.
-responses  The default world, with 32 to 2048 responses to each prompt.
+Each case writes a data file and runs `python train.py --data FILE` on it, with the default flags
+but for few steps: a step's memory does not depend on how many there are. Where prompts or their
+responses become more, SFT has all of its steps, for an untrained policy gives no response twice.
+The table has the processor time of the whole run, and the most memory that the process held,
+imports included (about 250 MB).
 
-SFT makes p_0. Then come all things that an iteration does with all of its responses, and steps of
-training; a step takes 32 prompts. Each size is measured in a process of its own: processor time of
-one thread, and the most memory that the process held, above what it held after its imports.
-
-Reading order: `measure`, one size → `growth`, all of them → `draw`.
+Reading order: the files → `CASES` → `measure` → `main`.
 """
 import json
-import math
+import os
+import random
 import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import torch  # noqa: E402  (the line above makes what follows importable)
-
-import train  # noqa: E402
-from bench.measure import (BLACK, BLUE, GREEN, MB, ORANGE, PURPLE, head, resident,  # noqa: E402
-                           row, show)
-from bench.steps import Stage, fit_now, step_seconds  # noqa: E402
-from data.metrics import evaluate  # noqa: E402
-from data.responses import all_logps, self_play_responses, sft_responses  # noqa: E402
-from data.run.prepare import load_world  # noqa: E402
+from bench.measure import MB, head, row, show  # noqa: E402  (the line above makes it importable)
 from data.tokenizer import load_encoding  # noqa: E402
-from data.world import read_world  # noqa: E402
+from data.world import WORLD, read_world  # noqa: E402
 
-SIZES = {"prompts": (400, 2_000, 10_000, 50_000), "responses": (32, 128, 512, 2_048)}
-QUICK = {"prompts": (100, 200), "responses": (4, 8)}
-PROMPTS_A_STEP = 32
+FEW = "--device cpu --iters 1 --steps 5 --reports 1"
 
 
-# --- one size, in a process of its own -----------------------------------------------------------
+# --- the files: lists of rows --------------------------------------------------------------------
 
-class Laps:
-    """Processor seconds between one call and the next, by name."""
-    def __init__(self):
-        self.seconds, self.last = Counter(), time.process_time()
-
-    def __call__(self, name):
-        now = time.process_time()
-        self.seconds[name] += now - self.last
-        self.last = now
+def numbered(n):
+    """The default world again and again, with a number before each prompt: n distinct prompts."""
+    rows = read_world(WORLD)
+    return [{**rows[i % len(rows)], "prompt": f"{i}. {rows[i % len(rows)]['prompt']}"}
+            for i in range(n)]
 
 
-def numbered_world(P, folder) -> str:
-    """The file of a world of P prompts: the default rows, each prompt with a number before it."""
-    path, rows = Path(folder) / "numbered.jsonl", read_world()
-    with open(path, "w", encoding="utf-8") as file:
-        for p in range(P):
-            row = {key: rows[p % len(rows)][key] for key in ("family", "responses", "split")}
-            file.write(json.dumps(row | {"prompt": f"{p}. {rows[p % len(rows)]['prompt']}"}) + "\n")
-    return str(path)
+def many_responses(count, to=1, prompts=1):
+    """The first `to` of some prompts have `count` equally likely responses each, the others two."""
+    few, many = (0, 1), range(count)
+    return [{"family": "numbers", "split": "train", "prompt": f"Name a number for list {i}.",
+             "responses": {f"It is {k}.": 1 / len(names) for k in names}}
+            for i in range(prompts) for names in [many if i < to else few]]
 
 
-def measure(kind, size, sft_steps) -> dict:
-    """CPU seconds by name, the number of distinct prefixes, and the peak memory in bytes."""
-    torch.set_num_threads(1)
+def pairs(n, shortest, longest):
+    """n questions and answers, each pair of so many tokens, out of the world's words."""
+    rng, encoding = random.Random(0), load_encoding()
+    words = sorted({word for row in read_world(WORLD) for y in row["responses"]
+                    for word in y.split()})
+
+    def text(tokens):
+        found = " ".join(rng.choices(words, k=tokens))  # a word has at least one token
+        return encoding.decode(encoding.encode(found)[:tokens]).strip()
+    found = []
+    for i in range(n):
+        length = round(shortest + (longest - shortest) * i / max(1, n - 1))
+        found.append({"prompt": f"{i}. {text(length // 4)}", "response": text(length * 3 // 4)})
+    return found
+
+
+# name: (rows, flags)
+CASES = {
+    "long": (lambda: pairs(150, 300, 1000), "--block-size 1100 --sft-steps 5"),
+    "one prompt, 8000 responses": (lambda: many_responses(8000), "--sft-steps 5"),
+    "2000 responses among 300 prompts": (lambda: many_responses(2000, prompts=300),
+                                         "--sft-steps 5"),
+    **{f"prompts {n}": (lambda n=n: numbered(n), "") for n in (400, 2000, 10_000, 50_000)},
+    **{f"responses {n}": (lambda n=n: numbered(64), f"--negatives {n} --batch-size {32 * n}")
+       for n in (32, 128, 512, 2048)},
+    **{f"length {n}": (lambda n=n: pairs(64, n, n), f"--block-size {n + 20} --sft-steps 5")
+       for n in (100, 200, 400, 800)},
+}
+QUICK = {"prompts 20": (lambda: numbered(20), "--n-embd 8 --sft-steps 5"),
+         "responses 20": (lambda: many_responses(20), "--n-embd 8 --sft-steps 5"),
+         "length 60": (lambda: pairs(4, 50, 60), "--n-embd 8 --sft-steps 5 --negatives 2")}
+
+
+def measure(rows, flags) -> tuple[float, int]:
+    """(processor seconds, bytes) of one run of train.py. A run that fails ends this one."""
     with tempfile.TemporaryDirectory() as folder:
-        config = train.Config(device="cpu", out=folder, negatives=8 if kind == "prompts" else size)
-        config = replace(config, batch_size=PROMPTS_A_STEP * config.negatives)
-        if kind == "prompts":
-            config = replace(config, data=numbered_world(size, folder))
-        before, lap = resident("VmRSS"), Laps()
-        world = load_world(config, load_encoding(config.encoding, config.pattern))
-    stage = Stage(0, config, world, train.new_player(world, config), sft_responses(world))
-    lap("the world and its trees")
-    p_0 = fit_now(stage, sft_steps, lambda: None)
-    lap("SFT")
-    samples = train.sample_responses(p_0, world, config, 0)
-    lap("sampling")
-
-    def opponent_logps(trees):
-        lap("prefix trees")
-        logp_N = all_logps(p_0, trees)
-        lap("the opponent's pass")
-        return logp_N
-    responses = self_play_responses(world, samples, None, opponent_logps)
-    lap("prefix trees")  # what is left: the shares
-    evaluate(p_0, responses, world, config, 1)
-    lap("evaluation")
-    lap.seconds["a step"] = step_seconds(fit_now, Stage(1, config, world, p_0, responses), 5)
-    return {"seconds": lap.seconds, "prefixes": len(responses.trees.columns["token"]),
-            "memory": resident("VmHWM") - before}
+        path = Path(folder) / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        command = [sys.executable, "train.py", *f"{FEW} {flags}".split(), "--data", str(path),
+                   "--out", str(Path(folder) / "out")]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"bench/growth.py: train.py ended with status {process.returncode}")
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return used.ru_utime + used.ru_stime, used.ru_maxrss * unit
 
 
-# --- all sizes -----------------------------------------------------------------------------------
-
-def in_own_process(kind, size, quick) -> dict:
-    command = [sys.executable, __file__, kind, str(size), "4" if quick else "240"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["killed: too little memory?"])[-1]
-        raise SystemExit(f"bench/growth.py: {size} {kind}: {reason}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def growth(quick, out):
-    """Print a line for each size and draw the figure."""
-    found = {}
-    for kind, sizes in (QUICK if quick else SIZES).items():
-        head(kind, "distinct prefixes", "peak memory, MB", "sampling, CPU s", "prefix trees",
-             "the opponent's pass", "evaluation", "a step, CPU ms")
-        found[kind] = []
-        for size in sizes:
-            one = in_own_process(kind, size, quick)
-            found[kind].append((size, one))
-            seconds = one["seconds"]
-            row(f"{size:,}", f"{one['prefixes']:,}", show(one["memory"] / MB), *(
-                show(seconds[name]) for name in CURVES), show(1e3 * seconds["a step"]))
-        (_, one), (_, other) = found[kind][-2:]
-        slope = lambda get: math.log(get(other) / get(one)) / math.log(
-            other["prefixes"] / one["prefixes"])
-        row("slope, log-log", "1", f"{slope(lambda x: x['memory']):.2f}", *(
-            f"{slope(lambda x: x['seconds'][name]):.2f}" for name in [*CURVES, "a step"]))
-    draw(found, Path(out))
+def main(names, quick):
+    cases = QUICK if quick else CASES
+    print(f"python train.py {FEW} --data FILE, and the flags of the case")
+    head("case", "flags", "CPU s", "memory, MB")
+    for name in names or cases:
+        rows, flags = cases[name]
+        seconds, memory = measure(rows(), flags)
+        row(name, flags, show(seconds), show(memory / MB))
 
 
-# --- the figure ----------------------------------------------------------------------------------
-
-CURVES = {"sampling": (BLUE, "o-"), "prefix trees": (ORANGE, "s--"),
-          "the opponent's pass": (GREEN, "^:"), "evaluation": (PURPLE, "D-.")}
-
-
-def draw(found, out):
-    """Time on the left, memory on the right, against the number of distinct prefixes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(found), 2, figsize=(13, 5 * len(found)), squeeze=False,
-                                layout="constrained")
-    for (kind, results), (left, right) in zip(found.items(), axes):
-        prefixes = [one["prefixes"] for _, one in results]
-        for name, (colour, mark) in CURVES.items():
-            left.plot(prefixes, [one["seconds"][name] for _, one in results], mark, color=colour,
-                      label=name)
-        memory = [one["memory"] / MB for _, one in results]
-        right.plot(prefixes, memory, "o-", color=BLACK, label="most memory above imports")
-        right.plot(prefixes, [memory[-1] * x / prefixes[-1] for x in prefixes], "-", color=GREEN,
-                   alpha=0.4, lw=5, zorder=0, label="linear")
-        left.set_ylabel("CPU seconds, one thread")
-        right.set_ylabel("MB")
-        for ax in (left, right):
-            ax.set(xscale="log", yscale="log", title=f"{results[0][0]:,} to {results[-1][0]:,} "
-                   + ("prompts" if kind == "prompts" else "responses to each prompt"),
-                   xlabel="distinct prefixes of all responses")
-            ax.grid(alpha=0.3)
-            ax.legend()
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "bench_growth.png", dpi=80)
-    plt.close(figure)
-    print(f"{out / 'bench_growth.png'} drawn")
-
-
-if __name__ == "__main__":  # one size; `growth` reads what this prints
-    kind, size, sft_steps = sys.argv[1:]
-    print(json.dumps(measure(kind, int(size), int(sft_steps))))
+if __name__ == "__main__":
+    main([name for name in sys.argv[1:] if name != "--quick"], "--quick" in sys.argv)

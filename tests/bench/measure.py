@@ -1,19 +1,18 @@
-"""How the benchmarks measure: processor time, peak memory, the machine's name, one line a result.
+"""How the benchmarks measure: processor time, tensor operations, peak memory, one line a result.
 
 The clock is processor time of one thread, which other programs disturb little. What is compared
 takes turns in one process, so that both meet the same machine; a figure is the median over turns.
 """
-import ctypes
 import gc
 import platform
 import statistics
-import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000"
 ROOT = Path(__file__).resolve().parents[2]
 MB = 1e6
 
@@ -34,18 +33,40 @@ def cpu_seconds(run) -> float:
     return time.process_time() - start
 
 
-def in_turns(contenders, rounds) -> dict[str, float]:
-    """The median over rounds of what each contender returns; the first round does not count.
+def seconds(run, device) -> float:
+    """Processor seconds of one call on a CPU; on a GPU the seconds until it is done."""
+    if device == "cpu":
+        return cpu_seconds(run)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
-    contenders: {name: function}. Says how far it is on standard error.
-    """
+
+def in_turns(contenders, rounds) -> dict[str, float]:
+    """The median over rounds of what each contender returns; the first round does not count."""
     found = {name: [] for name in contenders}
-    for k in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, run in contenders.items():
             found[name].append(run())
-        print(f"\r  round {k + 1} of {rounds + 1} ", end="", file=sys.stderr, flush=True)
-    print("\r" + " " * 24 + "\r", end="", file=sys.stderr, flush=True)
     return {name: statistics.median(values[1:]) for name, values in found.items()}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts by name what is dispatched inside `with OperationCounter() as counter:`.
+
+    A model this small spends its time on starting operations, not inside them. Views move no data
+    and are not counted.
+    """
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.operations[func.name()] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def resident(key) -> int:
@@ -54,7 +75,7 @@ def resident(key) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def peak_memory(run, device="cpu") -> float:
+def peak_memory(run, device) -> float:
     """Bytes that a call needs at its worst moment, beyond what is allocated before it.
 
     On a CPU this is the process's resident memory, so Linux only.
@@ -65,7 +86,6 @@ def peak_memory(run, device="cpu") -> float:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory would hide what is used anew
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     before = resident("VmRSS")
     run()
