@@ -1,4 +1,4 @@
-"""The toy world, and what is known of it exactly; run/ is what any training script needs."""
+"""The toy world, and what is known of it exactly."""
 
 
 class InputError(ValueError):

@@ -1,0 +1,1 @@
+"""What any training script needs: flags, files, a run's folder, console, figures, processes."""
