@@ -16,10 +16,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import InputError  # first: it makes one line of what goes wrong in the imports below
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import InputError
 from data.run.console import short
 from data.run.files import load_policy
 from data.run.options import check_limits, command, option, parse_args

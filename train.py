@@ -18,10 +18,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+from data import InputError  # first: it makes one line of what goes wrong in the imports below
+
 import numpy as np
 import torch
 
-from data import InputError
 from data.gpt2 import load_gpt2
 from data.responses import response_logps, self_play_responses, sft_responses
 from data.run.console import print_responses

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import runpy
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, fields
@@ -20,7 +21,7 @@ from conftest import logp_by_hand
 from data.run.files import load_policy
 from data.run.options import parse_args
 from data.tokenizer import frame
-from processes import rows_of, weights_of, without_figures, write_world
+from processes import ROOT, rows_of, weights_of, without_figures, write_world
 from spin_loss import LOSSES
 from train import Config, main, prompt_batches, seed_for
 
@@ -240,3 +241,19 @@ def test_theory_runs_from_the_root(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("data.theory", run_name="__main__")
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+# ---- Before the work begins ---------------------------------------------------------------------
+
+def test_package_that_is_missing_is_one_line():
+    done = subprocess.run([sys.executable, "-c", "import data, no_such_package"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines() == [
+        "No module named 'no_such_package'; pip install -r requirements.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_ctrl_c_during_the_imports_is_one_line():
+    code = "import data, os, signal; os.kill(os.getpid(), signal.SIGINT); import torch"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -2 and done.stderr == "stopped before anything began\n"
