@@ -28,7 +28,7 @@ class GPTConfig:
 
 
 def causal_mask(query_BT, key_BC):
-    """visible_BTC: True where a query may see a key. Both come as positions in the sequence.
+    """visible_BTC: True where a query may see a key. Both come as places in reading order.
 
     >>> causal_mask(torch.tensor([[1, 2]]), torch.tensor([[0, 1, 2]]))
     tensor([[[ True,  True, False],
@@ -133,9 +133,9 @@ class GPT(nn.Module):
         """Read tokens_BT, after those in the cache if one is given; returns hidden_BTD after ln_f.
 
         Without position_BT and visible_BTC, a row is one text: its tokens stand one after another,
-        and each sees itself and those before it. So padding may be any token, if it stands on the
-        right. Raises ValueError if the tokens do not fit block_size; position_BT, if it is given,
-        must be below block_size.
+        and each sees itself and those before it (B = 1 there: all rows share them). So padding may
+        be any token, if it stands on the right. Raises ValueError if the tokens do not fit
+        block_size; position_BT, if it is given, must be below block_size.
         """
         T, past = tokens_BT.shape[1], 0 if cache is None else len(cache)
         key_1C = torch.arange(past + T, device=tokens_BT.device)[None]

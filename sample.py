@@ -81,6 +81,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
     for k in range(most):
         token_B = next_tokens(logits_BV, temperature, top_k, generator)
         responses[unfinished_B, k] = token_B
+        # A token that is to be read needs a position below block_size.
         going = ((token_B != end_token) & (position_B < block_size)).nonzero()[:, 0]
         if not len(going) or k + 1 == most:
             break
@@ -178,11 +179,12 @@ def print_answers(prompt, row, names, found, args):
     """One table: p_data beside the frequencies under p_0, p_1, …"""
     counts, p_data = [count for count, _ in found], row.get("responses", {})
     common = [y for y, _ in sum(counts, Counter()).most_common(args.show)]
+    shown = dict.fromkeys([*((y, True) for y in p_data), *common])
     head = "".join(f"{'p_' + name:>8}" for name in names)
     split = {"heldout": "(held out)", "train": "(a training prompt)"}.get(row.get("split"), "")
     data = "in data" if row.get("empirical") else "p_data"
     print(f"\n{short(prompt, 80)}  {split or '(not in the data)'}\n{data:>10}{head}   response")
-    for y, ended in dict.fromkeys([*((y, True) for y in p_data), *common]):
+    for y, ended in shown:
         truth = f"{p_data[y]:>10.3f}" if ended and y in p_data else f"{'0' if p_data else '?':>10}"
         print(truth + "".join(f"{c[y, ended] / args.samples:>8.3f}" for c in counts)
               + f"   {y!r}{'' if ended else ' …'}")
@@ -190,8 +192,10 @@ def print_answers(prompt, row, names, found, args):
     if any(cut):
         print(f"{'cut short':>10}" + "".join(f"{n / args.samples:>8.3f}" for n in cut)
               + "   … marks a response without its end; --max-new-tokens allows longer ones")
+    others = [1 - sum(c[y] for y in shown) / args.samples for c in counts]
+    print(f"{'':>10}" + "".join(f"{share:>8.3f}" for share in others) + "   all others")
     if args.temperature == 1 and not args.top_k:
-        exact = f"{-sum(p * math.log(p) for p in p_data.values()):.3f}" if p_data else "?"
+        exact = f"{0.0 - sum(p * math.log(p) for p in p_data.values()):.3f}" if p_data else "?"
         print(f"{exact:>10}" + "".join(f"{entropy:>8.3f}" for _, (entropy, _) in found)
               + f"   entropy, nats (± {max(error for _, (_, error) in found):.3f})")
 

@@ -93,7 +93,8 @@ def pair_loss(player_PN, opponent_PN, real_PN, generated_PN, lam, loss="logistic
     ratio_PN, counts_PNN = player_PN - opponent_PN, weight_PNN > 0
     r_PNN = torch.where(counts_PNN, ratio_PN[:, :, None], 0.0)
     s_PNN = torch.where(counts_PNN, ratio_PN[:, None, :], 0.0)
-    return (weight_PNN * spin_loss(r_PNN, s_PNN, 0.0, 0.0, lam, loss)).sum(dim=(1, 2))
+    loss_PNN = spin_loss(r_PNN, s_PNN, 0.0, 0.0, lam, loss)  # log p_t is subtracted already
+    return (weight_PNN * loss_PNN).sum(dim=(1, 2))
 
 
 # --- what the loss cannot see --------------------------------------------------------------------

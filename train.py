@@ -7,7 +7,7 @@ opponent's responses → `main`, the paper's Algorithm 1.
 
 Departures from the paper (arXiv 2401.01335):
  1. every pair (y, y') of a prompt is compared, not one y' for each y        `pair_loss`
- 2. as y', responses of the SFT set have the weight p_t(y') itself           `known_shares`
+ 2. as y', responses of the SFT set are weighed by p_t(y') itself            `known_shares`
  3. the mass anchor; --anchor none is the paper's loss alone                 `mass_anchor`
  4. Adam, whose rate falls to 0; λ = 2 throughout; no y' of the iteration before
 
@@ -144,8 +144,8 @@ def fit(policy, objective, responses, t, run):
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
     player = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(player.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
-    # The rate is level for half of the steps, then falls to 0: the noise of y' would keep the
-    # policy off its optimum.
+    # The rate is level for half of the steps, then falls to 0: the noise of the batches of prompts
+    # would keep the policy off its optimum.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
     learner = player, optimizer, schedule
@@ -194,7 +194,7 @@ def seed_for(seed, *purpose) -> int:
 # --- the opponent's responses --------------------------------------------------------------------
 
 def self_play(opponent, t, run):
-    """y' ~ p_t(·|x) at temperature 1, nothing cut off; then log p_t of every response, once."""
+    """y' ~ p_t(·|x) at temperature 1, without top-k; then log p_t of every response, once."""
     samples = sample_responses(opponent, run.world, run.config, t)
     return self_play_responses(run.world, samples, opponent, run.config)
 

@@ -126,7 +126,8 @@ def load_gpt2(path, n_vocab, n_head=None) -> GPT:
         wte_VD = weights["wte.weight"]
         if len(wte_VD) + 1 != n_vocab:
             raise InputError(f"it has {len(wte_VD)} tokens, --encoding makes {n_vocab - 1} with "
-                             f"END; GPT-2's is --encoding gpt2")
+                             f"END; GPT-2's 50257 are --encoding gpt2; a vocabulary that was "
+                             f"enlarged or padded cannot be used")
         with torch.device("meta"):  # shapes without memory, for the weights are the file's
             model = GPT(config_of(weights, path.with_name("config.json"), n_head))
         weights["wte.weight"] = torch.cat([wte_VD[:-1], wte_VD.mean(0, keepdim=True), wte_VD[-1:]])
@@ -134,18 +135,19 @@ def load_gpt2(path, n_vocab, n_head=None) -> GPT:
                         for tensors in (model.state_dict(), weights))
         if ours != theirs:
             name, _ = min(ours.items() ^ theirs.items())
-            raise InputError(f"{name!r} is {theirs.get(name, 'missing')} in the file, "
-                             f"{ours.get(name, 'unknown')} in GPT-2")
+            raise InputError(f"{name!r} is {theirs.get(name, 'missing')} in the file (or is it one "
+                             f"part of several?), {ours.get(name, 'unknown')} in GPT-2")
         model.load_state_dict(weights, assign=True)
         return model
     except InputError as error:
         problem = error
     except (FileNotFoundError, IsADirectoryError):
-        problem = "there is no such file; give one such as gpt2/model.safetensors"
+        problem = "no such file, or a folder; give a file such as gpt2/model.safetensors"
     except pickle.UnpicklingError:  # its message advises to let the file run its code
         problem = ("this holds Python objects, which could run code, or is not PyTorch's; give "
                    "model.safetensors, or what torch.save(model.state_dict(), …) writes")
     except Exception as error:  # a file that is cut may raise anything
         problem = (f"it or config.json beside it cannot be read ({type(error).__name__}): fetch "
-                   f"them anew; what came may be cut, or no more than a Git LFS pointer")
+                   f"them anew; what came may be cut, another format, a web page or a Git LFS "
+                   f"pointer")
     raise InputError(f"--init {path}: {problem}")

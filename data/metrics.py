@@ -65,8 +65,8 @@ def means(metric_P, prompts, world) -> dict:
 
 
 def exact_metrics(player_PN, part) -> dict:
-    """KL, total variation, off-support mass, how much of it is on responses that were sampled, and
-    the mean log p of real responses; [P] each."""
+    """KL, total variation, off-support mass, how much of it is on responses that this iteration's
+    opponent gave, and the mean log p of real responses; [P] each."""
     data_PN, right_PN = part.data_PN.double(), part.data_PN > 0
     p_PN = player_PN.exp() * part.is_response_PN
     off_P = 1 - (p_PN * right_PN).sum(1)

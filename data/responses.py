@@ -62,7 +62,7 @@ def grow(prompt, responses):
         # path[k] is the place that has read k tokens of the response; ANSWER's place for k = 0.
         shared = len(os.path.commonprefix([previous, response]))
         del path[shared + 1:]
-        # A new row, if this response would make the last one too wide:
+        # A new row, if the places that path lacks would make the last one too wide:
         if not rows or len(rows[-1][0]) + len(response) - len(path) > widest:
             rows.append(([(token, i) for i, token in enumerate(prompt)], []))
             path = [len(prompt) - 1]
@@ -105,9 +105,9 @@ class Rows:
     @staticmethod
     def join(rows, N, device) -> "Rows":
         """rows has (prompt's place in the table, places, steps) for each row."""
-        places_RTX = pad_sequence([torch.from_numpy(places) for _, places, _ in rows],
+        places_RT3 = pad_sequence([torch.from_numpy(places) for _, places, _ in rows],
                                   batch_first=True)
-        token_RT, position_RT, end_RT = places_RTX.unbind(dim=2)
+        token_RT, position_RT, end_RT = places_RT3.unbind(dim=2)
         T = token_RT.shape[1]
         # A padding place sees all of its row, and is seen by no other: its softmax is a number.
         end_RT = end_RT.masked_fill(end_RT == 0, T)
@@ -170,7 +170,8 @@ class ResponseTable:
     """The distinct responses to one prompt, in sorted order, with their rows and weights, [N].
 
     An expectation over samples is a weighted sum over distinct responses: exactly the same, at a
-    fraction of the cost. data, real and sampled map responses, token tuples, to weights.
+    fraction of the cost. data, real (a part of data) and sampled map responses, token tuples, to
+    weights.
     """
     def __init__(self, prompt, data, real, sampled):
         self.responses = sorted({*data, *sampled})
@@ -203,7 +204,8 @@ def known_shares(real_N, sampled_N, opponent_N, n):
 
     The real responses have probability `known` together; at least one of n samples is another
     response with chance 1 − knownⁿ. If one is, the others get (1 − known)/(1 − knownⁿ) together, in
-    proportion to their counts, and else nothing. So the mean over samplings is p_t for every
+    proportion to their counts, and else nothing; since all samples are alike, each other response
+    then has p_t/(1 − known) of them on average. So the mean over samplings is p_t for every
     response, with less noise than counts have, and the weights sum to 1.
     """
     known_N = np.where(real_N > 0, np.exp(opponent_N), 0.0)

@@ -86,9 +86,9 @@ def read_text(path, name) -> str:
         if data.startswith(b"\x1f\x8b"):
             found = "is compressed by gzip; unpack it with gunzip"
         elif b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            found = "seems to be UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+            found = "seems to be UTF-16; save it as UTF-8 in an editor"
         else:
-            found = "may be cp1252; convert it: iconv -f cp1252 -t UTF-8"
+            found = "may be cp1252; save it as UTF-8 in an editor"
         line = 1 + data.count(b"\n", 0, wrong)
         raise InputError(f"{name}:{line}: not UTF-8 text: the file {found}")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -59,7 +59,9 @@ def check_row(row):
     if not isinstance(row, dict) or "prompt" not in row or (
             ("response" in row) == ("responses" in row)) or (
             not isinstance(row.get("responses", {}), dict)):
-        raise ValueError(f"expected a row such as {EXAMPLE}, not {json.dumps(row)[:100]}")
+        turns = ", with one turn of the user and one of the assistant," if (
+            isinstance(row, dict) and "messages" in row) else ""
+        raise ValueError(f"expected a row{turns} such as {EXAMPLE}, not {json.dumps(row)[:100]}")
     if row.get("split", "train") not in ("train", "heldout"):
         raise ValueError(f'split is {row["split"]!r:.60}; use "train" or "heldout"')
     for text in (row["prompt"], *row.get("responses", [row.get("response")])):
@@ -166,7 +168,8 @@ def check_splits(path, rows):
             raise InputError(f"{path}:{number}: prompt {x!r:.60} is in both splits{but}: line "
                              f"{line} is {its_split}, this one {split}")
     if not any(split == "train" for _, _, split in first_of.values()):
-        raise InputError(f"{path}: no row of split train, so there is nothing to learn from")
+        other = "" if rows else ", nor any other"
+        raise InputError(f"{path}: no row of split train{other}, so there is nothing to learn from")
 
 
 def print_notices(path, world):

@@ -148,6 +148,17 @@ def test_run_cut_as_it_overwrites_can_be_started_again(whole, tmp_path, cut):
     assert_same_run(out, whole[1])
 
 
+def test_slow_run_is_saved_between_its_reports(whole, tmp_path, monkeypatch, capsys):
+    out, seconds = tmp_path / "out", count(step=31)
+    with monkeypatch.context() as slow:
+        slow.setattr("data.run.folder.time.monotonic", lambda: next(seconds))
+        cut_run([*whole[0], "--out", str(out)], "latest.pt", "after", 3)
+    assert load(out / "latest.pt")["step"] == 3, "no report is due there"
+    assert "SFT          step   3/12" in capsys.readouterr().out
+    main(parse_args(Config, "", [*whole[0], "--out", str(out), "--resume"]))
+    assert_same_run(out, whole[1])
+
+
 def test_ctrl_c_says_how_to_go_on(whole, tmp_path, capsys):
     out = tmp_path / "out"
     flags = [*whole[0], "--out", str(out)]

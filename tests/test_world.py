@@ -299,7 +299,7 @@ def bad(**change):
 REFUSED = {  # what is in a file → what the line says besides the file
     "empty": (b" \n", "no row of split train"),
     "held out only": (lines(GOOD | {"split": "heldout"}), "no row of split train"),
-    "UTF-16": (TEXT.encode("utf-16"), "UTF-16", "iconv"),
+    "UTF-16": (TEXT.encode("utf-16"), "UTF-16", "save it as UTF-8"),
     "UTF-16 without a mark": (lines(PAIR).decode().encode("utf-16-le"), "UTF-16"),
     "gzip": (gzip.compress(TEXT.encode()), "gzip", "gunzip"),
     "cp1252": (lines(PAIR) + "Grüße – “x”".encode("cp1252"), ":2:", "not UTF-8", "cp1252"),

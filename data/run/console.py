@@ -1,6 +1,6 @@
 """What one reads while a run goes on: progress lines, a few responses, the closing table.
 
-Reading order, which is the order of appearance: `print_start` → `print_progress` →
+Reading order, which is the order of appearance: `print_start` → `print_progress`, `print_step` →
 `print_responses` → `print_closing_table`. Losses and KLs are in nats, means over prompts.
 """
 import torch
@@ -37,6 +37,11 @@ def print_progress(t, step, steps, found, seconds_left, empirical):
         distance += f"  margin {row['margin']:.2f}" if row["margin"] is not None else ""
     print(f"{stage_name(t):<12} step {step:3d}/{steps}  {loss}  {distance}  "
           f"{seconds_left:.0f} s left", flush=True)
+
+
+def print_step(t, step, steps, seconds_left):
+    """A sign of life between two reports that are far apart."""
+    print(f"{stage_name(t):<12} step {step:3d}/{steps}  {seconds_left:.0f} s left", flush=True)
 
 
 def print_responses(prompts, responses):

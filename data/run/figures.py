@@ -140,7 +140,8 @@ def draw_masses(ax, rows):
     ax.stackplot(x, right, undivided, sampled, leaked, step="pre",
                  colors=[RIGHT, GREY, SAMPLED, LEAKED],
                  labels=["right", "wrong, p_0 before it is sampled",
-                         "wrong, sampled by the opponent", "wrong, never sampled: leaks go here"])
+                         "wrong, sampled by the opponent",
+                         "wrong, not sampled now: leaks go here"])
     for t in range(rows[-1]["iteration"]):
         ax.axvline(t, color="white", lw=1.5)
     ax.set(title=f"(c) wrong: {start['off_support']:.1%} → {rows[-1]['off_support']:.1%}",

@@ -2,12 +2,13 @@
 
     config.json      the settings
     metrics.jsonl    a row for each report and split, and for each finished iteration and split
-    latest.pt        all that --resume needs: the learner as it was at the last report, and the rows
+    latest.pt        all that --resume needs: the learner as it was, and the rows until then
     iteration_t.pt   the policy p_t: weights, sizes, tokenizer and p_data; sample.py reads it
     convergence.png, convergence.gif
 
-A report comes every few seconds, and each file is replaced whole or not at all. So a run may be
-killed at any moment: --resume goes on from the last report, and repeats what came after it.
+latest.pt is written at each report, and every 30 seconds in between; each file is replaced whole or
+not at all. So a run may be killed at any moment: --resume goes on from there, and repeats what came
+after it.
 
 Reading order: `Run`: it opens the folder, restores the learner, takes a report.
 """
@@ -23,7 +24,7 @@ import torch
 
 from data import InputError
 from data.metrics import evaluate, likeliest
-from data.run.console import print_closing_table, print_progress, print_start
+from data.run.console import print_closing_table, print_progress, print_start, print_step
 from data.run.figures import Window, draw_convergence, draw_gif
 from data.run.files import load, load_policy, save, save_policy, write
 from data.run.options import flag_of
@@ -49,7 +50,8 @@ class Run:
         # Process 0 alone reads and prepares the folder; the others get what it found.
         self.state = gather(self.open() if rank() == 0 else None)[0]
         self.t, self.rows = self.state["t"], self.state["rows"]
-        self.began = time.monotonic() - self.state["seconds"]
+        self.saved = time.monotonic()
+        self.began = self.saved - self.state["seconds"]
         # The loss at the start of an iteration, where p_θ = p_t; if the opponent is always p_0, or
         # with more SFT, an iteration begins elsewhere.
         zero = torch.zeros(())
@@ -151,7 +153,11 @@ class Run:
 
     def report(self, t, step, steps, responses, learner):
         """At some steps, evenly spaced, and the last one: evaluate, print and save."""
+        pace = (time.monotonic() - self.stage_began) / (step - self.first_step)
         if not is_due(step, steps, self.config.reports):
+            if time.monotonic() - self.saved > 30 and rank() == 0:  # a slow run: long texts, say
+                print_step(t, step, steps, pace * (steps - step))
+                self.save_latest(t, step, learner)
             return
         player, finished = learner[0], step == steps
         found = evaluate(player, responses, self.world, self.config, t)
@@ -161,7 +167,6 @@ class Run:
                 for event in (["step", "iteration"] if finished else ["step"])
                 for split, numbers in found.items()]
         self.rows += rows
-        pace = (time.monotonic() - self.stage_began) / (step - self.first_step)
         print_progress(t, step, steps, found, pace * (steps - step), self.world.empirical)
         if rank() == 0:
             self.save(t, rows, step, player, learner, finished)
@@ -178,11 +183,17 @@ class Run:
                                    self.loss_at_start))
         if self.window:
             self.window.redraw(self.rows, self.shown, self.world.empirical, self.loss_at_start)
-        state = {"t": t + 1, "step": 0} if finished else {
-            "t": t, "step": step, "learner": [part.state_dict() for part in learner]}
-        save(self.out / "latest.pt", state | {
+        if finished:
+            t, step, learner = t + 1, 0, []
+        self.save_latest(t, step, learner)
+
+    def save_latest(self, t, step, learner):
+        """latest.pt: t's learner after so many steps; no learner where a stage has yet to begin."""
+        save(self.out / "latest.pt", {
+            "t": t, "step": step, "learner": [part.state_dict() for part in learner],
             "settings": self.settings, "rows": self.rows,
             "seconds": time.monotonic() - self.began})
+        self.saved = time.monotonic()
 
     def close(self):
         """Draw the moving picture and print the closing table."""
