@@ -87,6 +87,9 @@ class PlainCache:
         self.old = table(dice("k"), 2, 2, 3, 4), table(dice("v"), 2, 2, 3, 4)
         self.calls = []
 
+    def __len__(self):
+        return 0  # as a KVCache has that is given for the first time: `if cache:` is false
+
     def extend(self, layer, k_BHTK, v_BHTK):
         self.calls.append((layer, k_BHTK, v_BHTK))
         return torch.cat([self.old[0], k_BHTK], 2), torch.cat([self.old[1], v_BHTK], 2)
@@ -94,10 +97,15 @@ class PlainCache:
 
 def check_attention(m, visible_BTC, cache=None):
     module, x_BTD = attention(m), table(dice("x"), 2, visible_BTC.shape[1], 8)
-    got = module(x_BTD, visible_BTC, cache, 3)
+    try:
+        got = module(x_BTD, visible_BTC, cache, 3)
+    except RuntimeError:
+        require(cache is None or cache.calls, "cache.extend is never called, so the old keys and "
+                "values are missing (an empty cache is false: write `is not None`)")
+        raise
     T, C = visible_BTC.shape[1:]
     by_hand = lambda mask=visible_BTC, **how: attend(module, x_BTD, mask, **{
-        "old": cache and cache.old, **how})
+        "old": None if cache is None else cache.old, **how})
     mistakes = {
         "visible_BTC is ignored, so every token sees all: where it is False the score is −inf":
             by_hand(torch.ones_like(visible_BTC)),
@@ -119,7 +127,7 @@ def check_attention(m, visible_BTC, cache=None):
         "c_proj is missing at the end": by_hand(project=False)}
     mistakes |= {f"the three parts of c_attn(x) are q, k, v in this order; you took them as "
                  f"{', '.join(order)}": by_hand(order=order) for order in ("kqv", "vkq", "qvk")}
-    if cache:
+    if cache is not None:
         mistakes["the keys and values that cache.extend returns are not used"] = attend(
             module, x_BTD, visible_BTC[:, :, 3:])
     expect(got, by_hand(), mistakes, "the output")
