@@ -1,268 +1,170 @@
-"""The paper's claims (arXiv 2401.01335), one by one: which hold in a world whose p_data is known?
+"""The paper's claims (arXiv 2401.01335), one by one, and what each departure from it costs.
 
-    python tests/study/claims.py             all of them, about 25 minutes on two idle cores
-    python tests/study/claims.py --quick     a small world and few steps: does everything run?
+    python tests/study/claims.py              writes CLAIMS.md and SWITCHES.md
+    python tests/study/claims.py --switches   writes SWITCHES.md alone
+    python tests/study/claims.py --quick      a small world and few steps: does everything run?
 
-Writes CLAIMS.md. Each run is a process of its own in --out, as in study.py, and is not repeated if
-it is complete. All settings are the defaults but for those that a command shows: no learning rate
-is tuned for any method. (study.py tunes all of them, in an hour.)
+All settings are the defaults but for those that a command shows: no learning rate is tuned for any
+method (study.py tunes each alike). A run that is complete in --out is not repeated.
 
-Reading order: the authors' settings → `Claim`, `CLAIMS` → `table_row`, `section` → `main`.
+Reading order: the runs → `row`, `write` → `main`.
 """
 import argparse
-import json
 import statistics
 import sys
 import textwrap
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import torch  # noqa: E402  (sys.path makes the project importable)
+from study import other_worlds  # noqa: E402  (the line above makes it importable)
+from study.runs import (QUICK, Job, machine, minutes, rows_of, run_all, small_world,  # noqa: E402
+                        spread, table)
 
-import train  # noqa: E402
-from data.theory.table import DATA, WEAK, kl, next_policy, play  # noqa: E402
-from study import mistakes, other_worlds, report, study  # noqa: E402
-
-
-# --- the authors' settings that train.py has no flag for -----------------------------------------
-
-def lam_5_at_last(config):
-    """λ = 5 in the last iteration"""
-    fit = train.fit
-
-    def with_lam_5(player, objective, responses, stage, run):
-        if stage == config.iters:
-            run.config = replace(run.config, lam=5.0)
-        return fit(player, objective, responses, stage, run)
-    train.fit = with_lam_5
+SEEDS = (0, 1, 2)
 
 
-def authors(config):
-    """λ = 5 in the last iteration, RMSProp, y' weighted by how often it was sampled"""
-    lam_5_at_last(config)
-    mistakes.counts_only(config)
-    adam = torch.optim.Adam  # without its first mean it is RMSProp
-    torch.optim.Adam = lambda weights, betas, **rest: adam(weights, betas=(0.0, 0.99), **rest)
+# --- each departure undone -----------------------------------------------------------------------
 
-
-def authors_greedy(config):
-    """λ = 5 in the last iteration, RMSProp, y' the likeliest response"""
-    authors(config)
-    mistakes.greedy(config)
-
-
-CHANGES = {change.__name__: (change, change.__doc__)
-           for change in (lam_5_at_last, authors, authors_greedy)}
-
+SAMPLED, PLAIN = {"shares": "sampled"}, {"shares": "sampled", "anchor": "none"}
+MANY = {"negatives": 64, "batch_size": 4096}  # as many prompts in a step
+SWITCHES = {
+    "the defaults": Job(),
+    "1. one y for each y', not all pairs": Job(SAMPLED, "one"),
+    "2. y' weighted by counts": Job(SAMPLED),
+    "2. the same, 64 samples": Job(SAMPLED | MANY),
+    "3. no anchor": Job({"anchor": "none"}),
+    "2., 3. counts, no anchor: the paper's loss": Job(PLAIN),
+    "2., 3. the same, 64 samples": (Job(PLAIN | MANY), (0,)),
+    "4. RMSprop, not Adam": Job(variant="rmsprop"),
+    "4. the rate stays level": Job(variant="level"),
+    "λ = 1": Job({"lam": 1.0}),
+    "λ = 5": Job({"lam": 5.0}),
+}
 
 # --- the claims ----------------------------------------------------------------------------------
 
-@dataclass
-class Claim:
-    """A claim of the paper, the runs that test it, and what it predicts.
+SFT, SCARCE = {"method": "sft"}, {"sft_samples": 2, "reports": 10}  # as study.py has it
+AUTHORS = PLAIN | {"lam": 0.1, "negatives": 1, "batch_size": 64, "lr": 1e-5}
+WORLDS = {name: {"data": f"out/{name}.jsonl"} for name in ("town", "desk", "quarter")}
 
-    A run is settings, or settings and a name in CHANGES. An order lists (run, t): for a seed that
-    agrees with the claim, p_t's figure falls along it. t = 3 is the end, also of a run with less.
-    """
-    title: str
-    runs: dict
-    orders: list
-    verdict: str  # read from the committed page's figures
-    figure: tuple = ("KL on train", "kl", "train")
-
-
-SEEDS = (0, 1, 2, 3, 4)
-SPIN, SFT, END = {"SPIN": {}}, {"method": "sft"}, 3
-DPO, LONG = {"method": "dpo", "opponent": "sft"}, {"iters": 1, "steps": 750}
-AUTHORS = {"lam": 0.1, "anchor": "none", "average": 0.0, "history": 1, "negatives": 1,
-           "batch_size": 64, "lr": 1e-5}
-HELDOUT = ("KL on held-out", "kl", "heldout")
-SAMPLES = {f"{n} responses a prompt": {"sft_samples": n} for n in (2, 8, 32, 128, 2048)}
-PROMPTS = {"64 train prompts": {"data": "out/quarter.jsonl"},  # of other_worlds.py
-           "127 train prompts": {"data": "out/half.jsonl"}, "253 train prompts": {}}
-
+# (the claim, {row: run}, the verdict, which was read from the committed page's numbers)
 CLAIMS = [
-    Claim("SPIN improves the SFT model at each iteration, by less and less", SPIN,
-          [[("SPIN", t) for t in range(4)]],
-          "Holds on train prompts. On held-out prompts KL falls too in the mean, but may rise "
-          "again in a single run. A start at KL 0.010 it does not improve: there the noise of "
-          "y' is larger than what is left to learn (tests/classroom/ANSWERS.md, 3)."),
-    Claim("More SFT on the same data does not help, or harms: with ample data",
-          SPIN | {"more SFT": SFT}, [[("more SFT", END), ("more SFT", 0)]],
-          "Does not hold: this SFT set (2048 responses a prompt) is nearly p_data, and the SFT "
-          "model was stopped long before it had learned it; the authors' SFT model had learned "
-          "its own. On train prompts more SFT ends nearer to p_data than SPIN; on held-out "
-          "prompts it is best in between and then rises above SPIN.", HELDOUT),
-    Claim("More SFT on the same data does not help, or harms: two responses a prompt",
-          {"SPIN": {"sft_samples": 2}, "more SFT": SFT | {"sft_samples": 2}},
-          [[("more SFT", END), ("more SFT", 0)]],
-          "Holds. SPIN harms too, but less, and in one seed of five not at all: two "
-          "responses say little about p_data. KL on train prompts rises from the first "
-          "iteration on, while wrong responses become rare. With settings of its own "
-          "(λ = 32) SPIN improves the SFT model here (1.39 → 1.21), and more SFT "
-          "hardly does (1.35; README.md).", HELDOUT),
-    Claim("SPIN matches DPO that has extra preference data",
-          SPIN | {"DPO, λ = 2": DPO, "DPO, λ = 8": DPO | {"lam": 8.0}},
-          [[("DPO, λ = 2", END), ("SPIN", END)], [("DPO, λ = 8", END), ("SPIN", END)]],
-          "Holds, but this rate was chosen for SPIN, and DPO, which aims at the response that the "
-          "judge likes best, ends farther from p_data than the SFT model. With settings of its "
-          "own and ample data it comes to 0.65 on held-out prompts, SPIN to 0.11; with two "
-          "responses a prompt the two are level (README.md)."),
-    Claim("Training longer in the first iteration cannot replace iterating",
-          {"λ = 2, 3 × 250": {}, "λ = 2, 1 × 750": LONG, "λ = 5, 3 × 250": {"lam": 5.0},
-           "λ = 5, 1 × 750": LONG | {"lam": 5.0}},
-          [[("λ = 5, 1 × 750", END), ("λ = 5, 3 × 250", END)],
-           [("λ = 2, 1 × 750", END), ("λ = 2, 3 × 250", END)]],
-          "Holds: the optimum of the first iteration is not p_data, and one long iteration ends "
-          "above three short ones. On the table below, where each optimum is "
-          "reached, one iteration leaves KL 0.111 and three leave 0.007 (λ = 2)."),
-    Claim("More data helps: more responses to each prompt", SAMPLES,
-          [[(name, END) for name in SAMPLES]],
-          "Holds. The end is what the set says, not p_data: with 8 responses or fewer KL on "
-          "train prompts is least after iteration 1 or before it, and then rises."),
-    Claim("More data helps: more prompts, as in the paper (14,000, 26,000 and 50,000)", PROMPTS,
-          [[(name, END) for name in PROMPTS]], "Holds on held-out prompts, which "
-          "is what more prompts are for. Each run has as many steps, so 64 prompts are seen four "
-          "times as often: SFT has learned them nearly by heart before self-play begins, and "
-          "self-play goes on doing so.", HELDOUT),
-    Claim("Self-play reaches its optimum only at p_data (Theorems 5.2 and 5.4)", SPIN,
-          [[("SPIN", t) for t in (1, 2, 3)]],
-          "Self-play stays at p_data: seen on the table below, where the optimum against p_t = "
-          "p_data is p_data again. It stays nowhere else: that follows from Theorem 5.4, by which "
-          "p_{t+1} = p_t only where p_t = p_data, and no run can show it. What the network shows "
-          "is how near an iteration comes to the optimum that the theorem predicts; what is left "
-          "between them is mostly wrong responses.",
-          ("TV from the prediction on train", "predicted_tv", "train")),
-    Claim("Small λ works: 0.1, and 5 in the last iteration; y' sampled or greedy",
-          {"λ = 0.1, else ours": {"lam": 0.1}, "… and a low rate": {"lam": 0.1, "lr": 1e-5},
-           "authors'": (AUTHORS, "authors"), "authors', greedy": (AUTHORS, "authors_greedy"),
-           "authors', mass anchor": (AUTHORS | {"anchor": "mass"}, "authors"),
-           "authors', λ = 2": (AUTHORS | {"lam": 2.0}, "authors"),
-           "authors', higher rate": (AUTHORS | {"lr": 1e-4}, "authors"),
-           "more SFT, low rate": SFT | {"lr": 1e-5}},
-          [[("authors'", 0), ("authors'", END)]],
-          "Does not hold here at the rates tried, although more SFT gains at the low one. Two "
-          "causes are visible. At our rate λ = 0.1 goes past p_data, as on the table below: KL "
-          "17 with 0.5 % of wrong responses. The authors' rows without an anchor end with more "
-          "wrong responses than the SFT model's 38 %: that is the leak. λ = 2 in place of 0.1 "
-          "changes little at the end. With the mass anchor wrong responses become rarer; what "
-          "raises KL there is left open. In the last iteration, with λ = 5, KL falls in every "
-          "row of the authors', and greedy y' are worse. Unlike the authors' settings, y is the "
-          "whole SFT set's shares instead of one response, and the rate stays level before it "
-          "falls. Why λ = 0.1 works for a 7B model cannot be decided here."),
+    ("SPIN improves the SFT model at each iteration, by less and less",
+     {"SPIN": Job(), "λ = 1": Job({"lam": 1.0}), "λ = 5": Job({"lam": 5.0}),
+      "another world, 99 prompts": Job(WORLDS["town"]),
+      "another world, 53 prompts": Job(WORLDS["desk"])},
+     "Holds on train prompts, for each λ and in two worlds on which no default was chosen "
+     "(other_worlds.py). On held-out prompts the mean falls in the first two iterations here and "
+     "in the larger of the two worlds; on the few of the smaller one it rises."),
+    ("More SFT on the same data does not help, but SPIN does",
+     {"SPIN": Job(), "more SFT": Job(SFT), "SPIN, two responses a prompt": Job(SCARCE),
+      "more SFT, two responses a prompt": Job(SFT | {"sft_samples": 2})},
+     "Does not hold with ample data: 2048 responses a prompt nearly are p_data, and this SFT "
+     "model was stopped long before it had learned them, while the authors' had learned its own. "
+     "More SFT ends nearer to p_data than SPIN on train prompts. On held-out ones it is best after "
+     "250 steps, below SPIN, and then rises above it. With two responses a prompt the first "
+     "half holds: more SFT harms from the start. So does SPIN at λ = 2, but less; at a large λ one "
+     "iteration of it helps (README.md)."),
+    ("The opponent must be renewed",
+     {"renewed": Job(), "the SFT model for ever": Job({"opponent": "sft"})},
+     "Holds on train prompts: against the SFT model KL ends five times as high. It falls in later "
+     "iterations too, only because each trains on fresh responses and starts where the last one "
+     "ended. On held-out prompts the two are level."),
+    ("Training longer in the first iteration does not replace the second",
+     {"3 × 250 steps": Job(), "1 × 750 steps": Job({"iters": 1, "steps": 750})},
+     "Holds: the optimum of the first iteration is not p_data, and one long iteration ends five "
+     "times as high as three short ones."),
+    ("More data helps: more prompts, as in the paper, and more responses to each",
+     {"64 train prompts": Job(WORLDS["quarter"]), "253 train prompts": Job(),
+      "2 responses a prompt": Job(SCARCE), "8 responses a prompt": Job({"sft_samples": 8}),
+      "2048 responses a prompt": Job()},
+     "Holds. More prompts help on held-out prompts, which is what they are for; each run has as "
+     "many steps, so 64 prompts are learned by heart in SFT already. Few responses a prompt are "
+     "learned by heart too: KL is then least after iteration 1, or before it."),
+    ("The authors' settings: λ = 0.1, and 5 in the last iteration; one y' for each prompt",
+     {"λ = 0.1, else ours": Job({"lam": 0.1}), "the authors'": Job(AUTHORS, "authors"),
+      "the authors', higher rate": Job(AUTHORS | {"lr": 1e-4}, "authors")},
+     "Does not hold here, at the rates tried. At our rate λ = 0.1 goes past p_data, as exact "
+     "self-play does below λ = ½. At the low rate, without an anchor, what rises is the "
+     "probability of wrong responses: the leak. With λ = 5, in the last iteration, KL falls. Why "
+     "λ = 0.1 works for a 7B model cannot be decided here."),
 ]
 
 
-# --- the page ------------------------------------------------------------------------------------
+# --- the pages -----------------------------------------------------------------------------------
 
-def job(args, run, seed):
-    """What study.py calls a job: (folder, settings, the name of a change or None)."""
-    settings, change = run if isinstance(run, tuple) else (run, None)
-    return args.out, settings | args.base | {"seed": seed}, change
+HEAD = ["", "command", "KL, train: SFT → 1 → 2 → 3", "falls each time",
+        "KL, held out: SFT → 1 → 2 → 3", "off-support, train, end"]
 
 
-def rows_of(args, run, seed, event="iteration", split="train"):
-    """The rows of one run, from SFT on."""
-    return report.rows_of(study.folder(*job(args, run, seed)), event, split)
+def with_seeds(run, seeds, args) -> list[Job]:
+    """A run with each of the seeds, or of those that stand beside it."""
+    job, seeds = (run, seeds) if isinstance(run, Job) else run
+    return [job | args.base | {"seed": seed} for seed in seeds]
 
 
-def table_row(args, name, run) -> list[str]:
-    """A line of a claim's table: means over seeds, and in brackets the range at the end."""
-    rows = {split: [rows_of(args, run, seed, split=split) for seed in args.seeds]
-            for split in ("train", "heldout")}
+def row(name, jobs, args) -> list[str]:
+    """A line of a table: means over seeds, at the end with the range."""
 
-    def path(key, split="train"):
-        numbers = [[row[key] for row in some] for some in zip(*rows[split])]
-        means = ["–" if None in some else f"{statistics.mean(some):.3f}" for some in numbers[:-1]]
-        end = "–" if None in numbers[-1] else report.spread(numbers[-1])
-        return " → ".join([*means, end])
-    off_support = [some[-1]["off_support"] for some in rows["train"]]
-    best = [min(row["kl"] for row in rows_of(args, run, seed, "step", "heldout")
-                if row["iteration"]) for seed in args.seeds]
-    _, settings, change = job(args, run, 0)
-    shown = {key: value for key, value in settings.items() if key not in args.base}
-    return [name, report.command(shown) + (f", and {CHANGES[change][1]}" if change else ""),
-            path("kl"), path("kl", "heldout"), report.spread(best),
-            report.spread(off_support, ".1%"), path("predicted_tv")]
+    def path(split):
+        kls = [[row["kl"] for row in rows_of(one, args.out, split)] for one in jobs]
+        *before, last = zip(*kls)
+        means = [f"{statistics.mean(kl):.3g}" for kl in before]
+        return kls, " → ".join([*means, spread(last, ".3g")])
+    (kls, train), (_, heldout) = path("train"), path("heldout")
+    falls = sum(all(a > b for a, b in zip(some, some[1:])) for some in kls)
+    off = [rows_of(one, args.out)[-1]["off_support"] for one in jobs]
+    seeds = f"{falls} of {len(jobs)} seed" + "s" * (len(jobs) > 1)
+    return [name, jobs[0].command(), train, seeds, heldout, spread(off, ".2%")]
 
 
-HEAD = ["", "command", "KL, train: SFT → 1 → …", "KL, held out: SFT → 1 → …",
-        "KL, held out, best moment", "off-support, train, end", "TV from Theorem 5.4's p_t, train"]
+ABOUT = """Written by `python tests/study/claims.py{flag}`: {runs} runs, {minutes:.0f} minutes of
+processor time of one core. Machine: {machine}. Means over seeds {seeds}, and in brackets the range
+after the last iteration. KL is KL(p_data‖p_θ) in nats; off-support is the probability of responses
+that p_data does not give. "Falls each time" counts the seeds in which KL on train prompts falls in
+every iteration. A command gives the run with seed 0; what it has no flag for follows it, and is a
+function in runs.py.{more}"""
+FAIR = """ Nothing was tuned for this page, but the defaults were chosen for SPIN in this world: the
+comparisons are favourable to SPIN. [STUDY.md](STUDY.md) has each method tuned alike."""
 
 
-def section(args, claim) -> str:
-    """Table, how many seeds agree with the claim, and the verdict."""
-    words, key, split = claim.figure
-
-    def agrees(order, seed):
-        runs = [(rows_of(args, claim.runs[name], seed, split=split), t) for name, t in order]
-        figures = [rows[min(t, len(rows) - 1)][key] for rows, t in runs]
-        return all(before > after for before, after in zip(figures, figures[1:]))
-
-    def told(order):
-        agree = sum(agrees(order, seed) for seed in args.seeds)
-        names = [f"{name}, p_{t}" if t < END else f"{name}, end" for name, t in order]
-        return f"{' → '.join(names)} ({agree} of {len(args.seeds)} seeds)"
-    orders = "; along ".join(map(told, claim.orders))
-    verdict = f"If the claim holds, {words} prompts falls along {orders}. {claim.verdict}"
-    rows = [table_row(args, name, run) for name, run in claim.runs.items()]
-    return f"## {claim.title}\n\n{report.table(HEAD, rows)}{textwrap.fill(verdict, 98)}\n\n"
-
-
-def on_the_table(lams=(0.1, 2.0, 5.0)) -> str:
-    """KL(p_data‖p_t) where each iteration reaches its optimum: data/theory's table of six."""
-    text = ("## On a table of six responses\n\nKL(p_data‖p_t) where each iteration reaches its "
-            "optimum (data/theory), as long as it is below 100.\n\n")
-    rows = []
-    for lam in lams:
-        kls = [f"{kl(DATA, p_K):.4g}" for p_K in play(DATA, WEAK, iterations=3, lam=lam)]
-        stays = kl(DATA, next_policy(DATA, DATA, lam=lam, start_K=WEAK))
-        rows.append([f"{lam:g}", *kls, *["not played"] * (4 - len(kls)), f"{abs(stays):.0e}"])
-    head = ["λ", "p_0", "p_1", "p_2", "p_3", "p_1 if p_0 = p_data"]
-    return text + report.table(head, rows).rstrip() + "\n"
-
-
-PAGE = """# The paper's claims in this world
-
-Written by `python tests/study/claims.py`: {runs} runs, {minutes:.0f} minutes of processor time.
-Machine: {machine}, torch {torch}. Figures are means over seeds 0 to 4, and in
-brackets their range. KL(p_data‖p_θ) is in nats. "Best moment" is the least KL of all reports after
-SFT, also within an iteration: what you get if you stop there. Off-support is the probability of
-responses that p_data does not give.
-
-**Nothing was tuned for this page. But the default settings were chosen for SPIN in this world, and
-more SFT and DPO run with them too: read the comparisons as favourable to SPIN.** The comparison in
-which each method has settings of its own is in [README.md](README.md).
-
-"""
+def write(args, name, title, flag, what, sections, more=""):
+    """A page with a table for each (title, {row: run}, verdict)."""
+    seeds = args.seeds
+    jobs = [job for _, runs, _ in sections for run in runs.values()
+            for job in with_seeds(run, seeds, args)]
+    run_all(sorted(jobs, key=lambda job: job.settings["seed"]), args.out, what)
+    about = ABOUT.format(flag=flag, runs=len({job.path(args.out) for job in jobs}),
+                         minutes=minutes(jobs, args.out), machine=machine(), more=more,
+                         seeds=", ".join(map(str, seeds)))
+    text = f"# {title}\n\n{textwrap.fill(about.replace(chr(10), ' '), 98)}\n\n"
+    for claim, runs, verdict in sections:
+        text += f"## {claim}\n\n" if len(sections) > 1 else ""
+        text += table(HEAD, [row(name, with_seeds(run, seeds, args), args)
+                             for name, run in runs.items()])
+        text += f"{textwrap.fill(verdict, 98)}\n\n"
+    path = args.page / name
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    print(f"wrote {path}")
 
 
 def main(args):
-    args.base, args.seeds, page = {}, SEEDS, ROOT / "tests" / "study" / "CLAIMS.md"
+    args.base, args.seeds, args.page = {}, SEEDS, ROOT / "tests" / "study"
     if args.quick:
-        args.base, args.seeds = study.QUICK | {"data": study.small_world(args.out)}, (0,)
-        page = Path(args.out) / "CLAIMS.md"
-    else:
-        other_worlds.write(Path("out"))  # PROMPTS needs two of them
-    study.MISTAKES = study.MISTAKES | CHANGES  # study.work looks there for what a job changes
-    jobs = [job(args, run, seed) for claim in CLAIMS for run in claim.runs.values()
-            for seed in args.seeds]
-    study.run_all(jobs, args, "claims")
-    done = {study.folder(*one) / "done" for one in jobs}
-    minutes = sum(json.loads(path.read_text("utf-8"))["cpu"] for path in done) / 60
-    page.write_text(
-        PAGE.format(runs=len(done), minutes=minutes, machine=report.machine(),
-                    torch=torch.__version__)
-        + "".join(section(args, claim) for claim in CLAIMS) + on_the_table(), encoding="utf-8")
-    print(f"wrote {page}")
+        args.base, args.page = QUICK | {"data": small_world(args.out)}, Path(args.out)
+        args.seeds = (0,)
+    write(args, "SWITCHES.md", "What each departure from the paper costs", " --switches",
+          "switches", [("", SWITCHES, "")])
+    if not args.switches:
+        other_worlds.write(Path("out"))
+        write(args, "CLAIMS.md", "The paper's claims in this world", "", "claims", CLAIMS, FAIR)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="its figures mean nothing")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--out", default="out/claims", help="folder of the runs")
+    parser.add_argument("--switches", action="store_true", help="SWITCHES.md alone")
+    parser.add_argument("--quick", action="store_true", help="its numbers mean nothing")
+    parser.add_argument("--out", default="out/study/runs", help="folder of the runs")
     main(parser.parse_args())

@@ -4,8 +4,8 @@ out/town.jsonl, out/desk.jsonl      other families than the default world's; no 
                                     them. Their words are not in the tokenizer's vocabulary, so that
                                     responses are up to three times longer in tokens; their splits
                                     and sizes differ.
-out/half.jsonl, out/quarter.jsonl   the default world with every second or fourth train prompt, and
-                                    with all of its held-out prompts.
+out/quarter.jsonl                   the default world with every fourth train prompt, and with all
+                                    of its held-out prompts.
 """
 import itertools
 import json
@@ -67,16 +67,16 @@ def rows(family_rows):
                "responses": {y: w / total for y, w in weights.items()}}
 
 
-def part(one_of):
-    """The default world's rows, with one of so many train prompts."""
+def quarter():
+    """The default world's rows, with one train prompt of four."""
     all_rows = [json.loads(line) for line in WORLD.read_text(encoding="utf-8").splitlines()]
     train = [row for row in all_rows if row["split"] == "train"]
-    return train[::one_of] + [row for row in all_rows if row["split"] == "heldout"]
+    return train[::4] + [row for row in all_rows if row["split"] == "heldout"]
 
 
 def write(out):
     """Write every world into the folder `out`; return {path: rows}."""
-    worlds = {"town": rows(town()), "desk": rows(desk()), "half": part(2), "quarter": part(4)}
+    worlds = {"town": rows(town()), "desk": rows(desk()), "quarter": quarter()}
     found = {out / f"{name}.jsonl": list(some) for name, some in worlds.items()}
     out.mkdir(parents=True, exist_ok=True)
     for path, some in found.items():
