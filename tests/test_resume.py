@@ -298,6 +298,16 @@ def test_existing_run_is_refused_and_overwrite_removes_what_a_run_writes_and_no_
     assert {row["iteration"] for row in rows_of(out)} == {0}
 
 
+def test_folder_that_holds_only_folders_is_taken(tmp_path, capsys, monkeypatch):
+    """python train.py after python train.py --out out/leak."""
+    without_figures(monkeypatch)
+    (tmp_path / "out" / "leak").mkdir(parents=True)
+    (tmp_path / "out" / "leak" / "mine.txt").write_text("mine", encoding="utf-8")
+    flags = [*SMALL, "--iters", "0", "--data", write_world(tmp_path)]
+    main(parse_args(Config, "", [*flags, "--out", str(tmp_path / "out")]))
+    assert {"iteration_0.pt", "leak/mine.txt"} <= set(content_of(tmp_path / "out"))
+
+
 def test_resume_without_latest_pt_starts_anew_or_is_refused_but_loses_no_policy(
         whole, tmp_path, capsys):
     refused(capsys, [*whole[0], "--out", str(tmp_path / "otu"), "--resume"], "otu")

@@ -64,14 +64,15 @@ class Run:
     def open(self) -> dict:
         """Check --out and prepare it. Returns where to begin: the state in latest.pt, or a new one.
 
-        --out is new, empty, or holds a run; a run is resumed or replaced if a flag says so. Only
-        files of a run are ever removed or written.
+        --out is new, has no files, or holds a run, which is resumed or replaced if a flag says so.
+        Only files of a run are ever removed or written.
         """
         config, out = self.config, self.out
         try:
             if not config.resume:
                 out.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in out.iterdir()} - {"tmp.config.json"}
+            names = {path.name for path in out.iterdir() if not path.is_dir()}
+            names -= {"tmp.config.json"}
         except OSError as error:
             raise InputError(f"--out {out}: cannot be used ({error.strerror}); name another "
                              f"folder") from None

@@ -46,7 +46,7 @@ SWITCHES = {
 
 SFT, SCARCE = {"method": "sft"}, {"sft_samples": 2, "reports": 10}  # as study.py has it
 AUTHORS = PLAIN | {"lam": 0.1, "negatives": 1, "batch_size": 64, "lr": 1e-5}
-WORLDS = {name: {"data": f"out/{name}.jsonl"} for name in ("town", "desk", "quarter")}
+WORLDS = {name: {"data": f"out/worlds/{name}.jsonl"} for name in ("town", "desk", "quarter")}
 
 # (the claim, {row: run}, the verdict, which was read from the committed page's numbers)
 CLAIMS = [
@@ -157,7 +157,7 @@ def main(args):
     write(args, "SWITCHES.md", "What each departure from the paper costs", " --switches",
           "switches", [("", SWITCHES, "")])
     if not args.switches:
-        other_worlds.write(Path("out"))
+        other_worlds.write(Path("out/worlds"))
         write(args, "CLAIMS.md", "The paper's claims in this world", "", "claims", CLAIMS, FAIR)
 
 

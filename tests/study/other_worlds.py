@@ -1,11 +1,9 @@
 """Other worlds for `train.py --data`; `python tests/study/other_worlds.py` writes them.
 
-out/town.jsonl, out/desk.jsonl      other families than the default world's; no default was tuned on
-                                    them. Their words are not in the tokenizer's vocabulary, so that
-                                    responses are up to three times longer in tokens; their splits
-                                    and sizes differ.
-out/quarter.jsonl                   the default world with every fourth train prompt, and with all
-                                    of its held-out prompts.
+In out/worlds: town.jsonl and desk.jsonl have other families than the default world's; no default
+was tuned on them. Their words are not in the tokenizer's vocabulary, so that responses are up to three
+times longer in tokens; their splits and sizes differ. quarter.jsonl is the default world with every
+fourth train prompt, and with all of its held-out prompts.
 """
 import itertools
 import json
@@ -86,5 +84,5 @@ def write(out):
 
 
 if __name__ == "__main__":
-    for path, some in write(ROOT / "out").items():
-        print(f"wrote out/{path.name}: {len(some)} prompts")
+    for path, some in write(ROOT / "out/worlds").items():
+        print(f"wrote out/worlds/{path.name}: {len(some)} prompts")
