@@ -1,9 +1,9 @@
 """Other worlds for `train.py --data`; `python tests/study/other_worlds.py` writes them.
 
 In out/worlds: town.jsonl and desk.jsonl have other families than the default world's; no default
-was tuned on them. Their words are not in the tokenizer's vocabulary, so that responses are up to three
-times longer in tokens; their splits and sizes differ. quarter.jsonl is the default world with every
-fourth train prompt, and with all of its held-out prompts.
+was tuned on them. Their words are not in the tokenizer's vocabulary, so that responses are up to
+three times longer in tokens; their splits and sizes differ. quarter.jsonl is the default world
+with every fourth train prompt, and with all of its held-out prompts.
 """
 import itertools
 import json
