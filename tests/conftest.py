@@ -31,13 +31,18 @@ def tiny_gpt(vocab_size=4, block_size=8, n_layer=2, n_head=2, n_embd=8, seed=0) 
 
 def gpt2_by_hand(model, tokens_BT):
     """GPT-2 from the weights alone: torch's own attention, normalisation and GELU."""
-    w, H = dict(model.named_parameters()), model.config.n_head
-    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    w = dict(model.named_parameters())
+    return gpt2_logits(w, model.config.n_layer, model.config.n_head, tokens_BT, lambda x, name:
+                       F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"]))
+
+
+def gpt2_logits(w, n_layer, n_head, tokens_BT, linear):
+    """The logits from tensors by name; linear(x, name) says how a matrix is laid out."""
     norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
     x = w["wte.weight"][tokens_BT] + w["wpe.weight"][:tokens_BT.shape[1]]
-    for i in range(model.config.n_layer):
+    for i in range(n_layer):
         qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in qkv)
+        q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in qkv)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
         wide = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")

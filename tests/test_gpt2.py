@@ -9,9 +9,8 @@ import struct
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from conftest import tiny_gpt
+from conftest import gpt2_logits
 import train
 from data import InputError
 from data.gpt2 import load_gpt2
@@ -47,18 +46,8 @@ def published(n_vocab=V, block_size=T, n_layer=L, n_embd=D, scale=0.4) -> dict[s
 
 def their_logits(w, tokens_BT, n_head=H):
     """Hugging Face's GPT-2, from a file's tensors as they are: its "Conv1D" is x @ W + b."""
-    linear = lambda x, name: x @ w[f"{name}.weight"] + w[f"{name}.bias"]
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
-    x = w["wte.weight"][tokens_BT] + w["wpe.weight"][:tokens_BT.shape[1]]
-    for i in range(L):
-        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (n_head, -1)).transpose(1, 2) for part in qkv)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + linear(y.transpose(1, 2).flatten(2), f"h.{i}.attn.c_proj")
-        wide = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
-        bent = 0.5 * wide * (1 + torch.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)))
-        x = x + linear(bent, f"h.{i}.mlp.c_proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
+    return gpt2_logits(w, L, n_head, tokens_BT,
+                       lambda x, name: x @ w[f"{name}.weight"] + w[f"{name}.bias"])
 
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",

@@ -18,7 +18,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from data import InputError
-from data.instructions import WORLD, build_world
+from data.instructions import WORLD
 from data.tokenizer import (ANSWER, END, RANK_FILE, VOCAB_SIZE, build_encoding, dump_ranks, frame,
                             load_encoding, parse_ranks, train_bpe)
 from data.world import World, hold_out, read_world, sample_sft
