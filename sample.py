@@ -21,7 +21,7 @@ from data import InputError  # first: it makes one line of what goes wrong in th
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data.run.console import short
+from data.run.console import Countdown, short
 from data.run.files import load_policy
 from data.run.options import check_limits, command, option, parse_args
 from data.tokenizer import END, frame
@@ -108,8 +108,12 @@ def rows_that_fit(model, tokens) -> int:
 def samples_of(model, prompt, n, *, generator, **how) -> list[list[int]]:
     """n responses to one prompt, some at a time; `how` is what `generate` needs."""
     chunk = rows_that_fit(model, len(prompt) + how["max_new_tokens"])
-    return [y for first in range(0, n, chunk) for y in
-            generate(model, [prompt] * min(chunk, n - first), generator=generator, **how)]
+    samples, countdown = [], Countdown("sampled", n)
+    while len(samples) < n:
+        some = [prompt] * min(chunk, n - len(samples))
+        samples += generate(model, some, generator=generator, **how)
+        countdown.say(len(samples))
+    return samples
 
 
 @torch.no_grad()

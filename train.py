@@ -14,7 +14,6 @@ Departures from the paper (arXiv 2401.01335):
 Dimensions: P prompts with a table of N responses each. Log-probs and losses are in nats.
 """
 import copy
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ import torch
 
 from data.gpt2 import load_gpt2
 from data.responses import response_logps, self_play_responses, sft_responses
-from data.run.console import print_responses
+from data.run.console import Countdown, print_responses
 from data.run.folder import Run
 from data.run.options import TINY, command, make_plain, option, parse_args, prepare
 from data.run.parallel import add_gradients, gather, rank, ranks
@@ -194,7 +193,10 @@ def seed_for(seed, *purpose) -> int:
 # --- the opponent's responses --------------------------------------------------------------------
 
 def self_play(opponent, t, run):
-    """y' ~ p_t(·|x) at temperature 1, without top-k; then log p_t of every response, once."""
+    """y' ~ p_t(·|x) at temperature 1, without top-k; then log p_t of every response, once.
+
+    Here t is the index of the opponent.
+    """
     samples = sample_responses(opponent, run.world, run.config, t)
     return self_play_responses(run.world, samples, opponent, run.config)
 
@@ -206,8 +208,8 @@ def sample_responses(model, world, config, t) -> list[Counter]:
     """
     prompt_of = [p for p in range(len(world.prompts)) for _ in range(config.negatives)]
     longest = max(map(len, world.prompts)) + world.max_new_tokens
-    chunk, mine, began = rows_that_fit(model, longest), [], time.monotonic()
-    said = began
+    chunk, mine = rows_that_fit(model, longest), []
+    countdown = Countdown(f"iteration {t + 1}  sampled", len(prompt_of))
     for first in range(chunk * rank(), len(prompt_of), chunk * ranks()):
         some = prompt_of[first:first + chunk]
         rng = torch.Generator(model.head_weight.device)
@@ -215,10 +217,7 @@ def sample_responses(model, world, config, t) -> list[Counter]:
         sampled = generate(model, [world.prompts[p] for p in some], end_token=world.end_token,
                            max_new_tokens=world.max_new_tokens, generator=rng)
         mine += [(p, tuple(y)) for p, y in zip(some, sampled)]
-        if time.monotonic() - said > 5:
-            said, done = time.monotonic(), first + len(some)
-            print(f"iteration {t + 1}  sampled {done:,} of {len(prompt_of):,} responses  "
-                  f"{(said - began) * (len(prompt_of) / done - 1):3.0f} s left", flush=True)
+        countdown.say(first + len(some))
     counts = [Counter() for _ in world.prompts]
     for part in gather(mine):
         for p, y in part:

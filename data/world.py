@@ -135,6 +135,7 @@ def read_world(path=WORLD) -> list[dict]:
             entry["responses"] = {y: p / total for y, p in row["responses"].items()}
         else:
             entry.setdefault("counts", Counter())[row["response"]] += 1
+    check_one_kind(path, world.values())
     for entry in world.values():
         if counts := entry.get("counts"):
             entry["responses"] = {y: n / counts.total() for y, n in counts.items()}
@@ -170,6 +171,15 @@ def check_splits(path, rows):
     if not any(split == "train" for _, _, split in first_of.values()):
         other = "" if rows else ", nor any other"
         raise InputError(f"{path}: no row of split train{other}, so there is nothing to learn from")
+
+
+def check_one_kind(path, world):
+    """InputError if p_data is known of some prompts alone: no metric could tell them apart."""
+    pairs = [row["line"] for row in world if "counts" in row]
+    others = [row["line"] for row in world if "counts" not in row]
+    if pairs and others:
+        raise InputError(f'{path}:{pairs[0]}: this row has a "response", and line {others[0]} has '
+                         f'"responses"; give rows of one kind')
 
 
 def print_notices(path, world):

@@ -327,6 +327,7 @@ REFUSED = {  # what is in a file → what the line says besides the file
     "sum too small": (bad(responses={"a": 0.5, "b": 0.4}), ":2:", "sum to 0.9"),
     "sum off by 1e-5": (bad(responses={"a": 0.5, "b": 0.50001}), ":2:", "sum to 1.00001"),
     "duplicate prompt": (lines(GOOD, GOOD), ":2: prompt 'first' is on line 1 already"),
+    "rows of two kinds": (lines(GOOD, PAIR), ":2: ", 'line 1 has "responses"; give rows of one'),
     "pair for a known prompt": (lines(GOOD, {"prompt": "first", "response": "a"}), ":2: prompt"),
     "duplicate name": (lines(GOOD, b'{"prompt": "x", "responses": {"a": 0.5, "a": 1.0}}'),
                        ":2: 'a' is given twice"),

@@ -1,8 +1,11 @@
 """What one reads while a run goes on: progress lines, a few responses, the closing table.
 
-Reading order, which is the order of appearance: `print_start` → `print_progress`, `print_step` →
-`print_responses` → `print_closing_table`. Losses and KLs are in nats, means over prompts.
+Reading order, which is the order of appearance: `print_start` → `Countdown` → `print_progress`,
+`print_step` → `print_responses` → `print_closing_table`. Losses and KLs are in nats, means over
+prompts.
 """
+import time
+
 import torch
 
 
@@ -22,6 +25,20 @@ def print_start(player, config, world, stage, step):
 
 def stage_name(t) -> str:
     return f"iteration {t}" if t else "SFT"
+
+
+class Countdown:
+    """A sign of life every 5 seconds, while many responses are sampled."""
+    def __init__(self, what, total):
+        self.what, self.total = what, total
+        self.began = self.said = time.monotonic()
+
+    def say(self, done):
+        now = time.monotonic()
+        if now - self.said > 5:
+            self.said, left = now, (now - self.began) * (self.total / done - 1)
+            print(f"{self.what} {done:,} of {self.total:,} responses  {left:3.0f} s left",
+                  flush=True)
 
 
 def print_progress(t, step, steps, found, seconds_left, empirical):

@@ -45,7 +45,7 @@ if backend is not None:
 # A colour has one meaning in all panels. Most are Okabe and Ito's, which colour-blind readers tell
 # apart.
 DATA, TRAIN, HELDOUT, THEORY = "black", "#0072B2", "#E69F00", "#009E73"  # THEORY: 5.4, the floor
-RIGHT, SAMPLED, LEAKED, GREY = "#56B4E9", "#F0E442", "#D55E00", "#999999"
+RIGHT, SAMPLED, LEAKED, GREY = "#56B4E9", "#CC79A7", "#D55E00", "#999999"
 PURPLES = matplotlib.colormaps["Purples"]  # p_0, p_1, …, the last one darkest
 POLICY = PURPLES(0.8)
 
@@ -129,23 +129,25 @@ def draw_loss(ax, rows, start):
 def draw_masses(ax, rows):
     """(c) how much probability is on right responses, on sampled wrong ones, and elsewhere.
 
-    A report's masses fill the time since the report before; p_0's stand to the left of 0.
+    On a log axis. What is sampled changes with the opponent, so each iteration has lines of its own
+    for that; what p_0 has wrong stands at 0, before anybody sampled it.
     """
-    start, (rows, places) = pick(rows, "iteration")[0], spin_reports(rows)
-    x = [-places[0], 0, *places]
-    right = [1 - row["off_support"] for row in (start, start, *rows)]
-    undivided = [start["off_support"]] * 2 + [0] * len(rows)
-    sampled = [0, 0, *(row["sampled_wrong"] for row in rows)]
-    leaked = [max(0, 1 - sum(masses)) for masses in zip(right, undivided, sampled)]
-    ax.stackplot(x, right, undivided, sampled, leaked, step="pre",
-                 colors=[RIGHT, GREY, SAMPLED, LEAKED],
-                 labels=["right", "wrong, p_0 before it is sampled",
-                         "wrong, sampled by the opponent",
-                         "wrong, not sampled now: leaks go here"])
-    for t in range(rows[-1]["iteration"]):
-        ax.axvline(t, color="white", lw=1.5)
-    ax.set(title=f"(c) wrong: {start['off_support']:.1%} → {rows[-1]['off_support']:.1%}",
-           ylabel="share of p_θ, train prompts", ylim=(0, 1), xlim=(x[0], x[-1]))
+    p_0, (rows, places) = pick(rows, "iteration")[0], spin_reports(rows)
+    wrong = [row["off_support"] for row in (p_0, *rows)]
+    ax.plot([0, *places], [1 - share for share in wrong], color=RIGHT, label="right")
+    ax.plot([0, *places], wrong, color=GREY, label="wrong, all together")
+    for t in range(1, rows[-1]["iteration"] + 1):
+        here = [k for k, row in enumerate(rows) if row["iteration"] == t]
+        sampled = [rows[k]["sampled_wrong"] for k in here]
+        others = [rows[k]["off_support"] - share for k, share in zip(here, sampled)]
+        for shares, style, colour, label in (
+                (sampled, ".--", SAMPLED, "wrong, sampled by the opponent of the iteration"),
+                (others, ".-", LEAKED, "wrong, not sampled: leaks go here")):
+            ax.plot([places[k] for k in here], shares, style, color=colour,
+                    label=label if t == 1 else None)
+    ax.set(title=f"(c) wrong: {wrong[0]:.1%} → {wrong[-1]:.1%}", yscale="log", ylim=(1e-4, 1.2),
+           ylabel="share of p_θ, train prompts", xlim=(-0.05, places[-1] + 0.05))
+    ax.yaxis.set_major_formatter(lambda share, _: f"{share:.4g}")
     finish(ax)
 
 
@@ -186,8 +188,9 @@ def draw_policy(ax, k, width, colour, p, predicted) -> list:
     left = [i - 0.42 + k * width for i in range(len(p) + 1)]
     artists = [*ax.bar(left, with_other(p), width, align="edge", color=colour)]
     if predicted:
-        artists.append(ax.hlines(with_other(predicted), left, [x + width for x in left],
-                                 color=THEORY, lw=3, zorder=3))
+        # A little shorter than the bar: the marks of bars of like height stay apart.
+        ends = [[x + part * width for x in left] for part in (0.15, 0.85)]
+        artists.append(ax.hlines(with_other(predicted), *ends, color=THEORY, lw=3, zorder=3))
     return artists
 
 
@@ -206,7 +209,7 @@ def draw_legend(figure, policies, rows, place):
     handles = [Patch(color=colour, label=name) for name, colour in [("p_data", DATA), *policies]]
     if any(any(predictions(row)) for row in rows):
         handles.append(Line2D([], [], color=THEORY, lw=3,
-                              label="what Theorem 5.4 makes of the policy before"))
+                              label="where Theorem 5.4 puts the top of a bar"))
     figure.legend(handles=handles, loc=place, ncols=len(handles), frameon=False)
 
 

@@ -99,7 +99,7 @@ def command(name, work):
         go_on = "; go on with the same flags and --resume" if name == "train.py" else ""
         print(f"{name}: stopped{go_on}", file=sys.stderr)
         sys.exit(130)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, NotImplementedError) as error:  # the last: an empty exercise
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
