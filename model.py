@@ -132,10 +132,10 @@ class GPT(nn.Module):
     def hidden(self, tokens_BT, position_BT=None, visible_BTC=None, cache: KVCache | None = None):
         """Read tokens_BT, after those in the cache if one is given; returns hidden_BTD after ln_f.
 
-        Without position_BT and visible_BTC, a row is one text: its tokens stand one after another,
-        and each sees itself and those before it (B = 1 there: all rows share them). So padding may
-        be any token, if it stands on the right. Raises ValueError if the tokens do not fit
-        block_size; position_BT, if it is given, must be below block_size.
+        Without position_BT and visible_BTC a row is one text: positions count from 0, and the mask
+        is causal, one for all rows (B = 1 there). So padding on the right may be any token: no
+        token before it sees it. Raises ValueError if the tokens do not fit block_size; position_BT,
+        if it is given, must be below block_size.
         """
         T, past = tokens_BT.shape[1], 0 if cache is None else len(cache)
         key_1C = torch.arange(past + T, device=tokens_BT.device)[None]

@@ -108,10 +108,11 @@ def mass_anchor(player_PN, opponent_PN, log_share_PN):
     and nothing in the loss pushes back; at each token the softmax gives what these lose to all
     other tokens, most of which lead to strings that nobody has sampled.
 
-    m estimates Σ_y p_θ(y) = 1 from the responses at hand. A real one adds p_θ(y) itself, since its
-    share is p_t(y); any other sampled one adds its share of the samples times p_θ/p_t. The mean of
-    m over all samplings is 1 for a θ that is chosen before them. But θ is fitted to these samples,
-    and takes probability from just those wrong strings that are among them: then m falls.
+    m estimates Σ_y p_θ(y) = 1 from the responses at hand: each adds share · p_θ/p_t. The share of a
+    real response is p_t, so it adds p_θ itself; that of any other is its fraction of the samples.
+    The mean of m over all samplings is 1 for a θ that is chosen before them. But θ is fitted to
+    these samples, and takes probability from just those wrong strings that are among them: then m
+    falls.
 
     −log m is the simplest penalty on that. At Theorem 5.4's optimum p_θ has only right responses,
     so m is 1 if all of them are among the real ones, and the optimum stays where it is. The slope

@@ -137,7 +137,7 @@ def fit(policy, objective, responses, t, run):
 
     Here t is the index of the policy that comes out (t + 1 in `main`). objective(player, part,
     config) gives the loss of each prompt in a Part of the responses. It must not draw random
-    numbers, for --resume would draw others.
+    numbers: a resumed run does not restore their state.
     """
     config, train = run.config, run.world.splits["train"]
     steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
@@ -259,7 +259,7 @@ def new_policy(world, config) -> GPT:
     torch.manual_seed(config.seed)
     n_vocab = world.encoding.n_vocab
     if config.init:
-        return load_gpt2(config.init, n_vocab, config.n_head)
+        return load_gpt2(config.init, n_vocab)
     return GPT(GPTConfig(n_vocab, config.block_size, config.n_layer, config.n_head,
                          config.n_embd))
 

@@ -40,6 +40,7 @@ OTHERS = {  # part of a name in a file: what such a file is, and what to do
     "model_args": "a checkpoint of nanoGPT, whose GELU is another; give Hugging Face's GPT-2",
     "config": "an iteration that train.py saved; sample.py reads it, --resume goes on with its run",
     "lora_": "a LoRA adapter alone; merge it into its model (merge_and_unload) and save that",
+    "score.": "a classifier; give the language model that it was made from",
     "weight_map": "the list of a model's parts; save it with a larger max_shard_size, in one file"}
 
 
@@ -97,8 +98,8 @@ def our_layout(found) -> dict[str, torch.Tensor]:
     return weights
 
 
-def config_of(weights, beside, n_head) -> GPTConfig:
-    """Sizes from the shapes. Heads: config.json's, else n_head, else one for 64 numbers."""
+def config_of(weights, beside) -> GPTConfig:
+    """Sizes from the shapes. Heads: config.json's, else one for 64 numbers."""
     (V, D), block_size = weights["wte.weight"].shape, len(weights["wpe.weight"])
     n_layer = sum(name.endswith("ln_1.bias") for name in weights)
     says = dict(json.loads(beside.read_text("utf-8"))) if beside.is_file() else {}
@@ -108,17 +109,17 @@ def config_of(weights, beside, n_head) -> GPTConfig:
         if says.get(field, values[0]) not in values:
             raise InputError(f"config.json beside it: {field} is {repr(says[field])[:60]}; start "
                              f"from a model in which it is {values[0]!r}")
-    n_head = says.get("n_head", n_head or D // 64)
+    n_head = says.get("n_head", D // 64)
     if n_head not in range(1, D + 1) or D % n_head:
         raise InputError(f"{repr(n_head)[:20]} heads cannot share {D} numbers; n_head in a "
-                         f"config.json beside it, or else --n-head, says how many it has")
+                         f"config.json beside it says how many it has")
     return GPTConfig(V + 1, block_size, n_layer, int(n_head), D)
 
 
-def load_gpt2(path, n_vocab, n_head=None) -> GPT:
+def load_gpt2(path, n_vocab) -> GPT:
     """A float32 GPT with a file's weights, for an encoding of n_vocab tokens, ANSWER and END too.
 
-    n_head counts only where no config.json beside the file says it. Raises InputError.
+    Raises InputError.
     """
     path = Path(path)
     try:
@@ -129,7 +130,7 @@ def load_gpt2(path, n_vocab, n_head=None) -> GPT:
                              f"END; GPT-2's 50257 are --encoding gpt2; a vocabulary that was "
                              f"enlarged or padded cannot be used")
         with torch.device("meta"):  # shapes without memory, for the weights are the file's
-            model = GPT(config_of(weights, path.with_name("config.json"), n_head))
+            model = GPT(config_of(weights, path.with_name("config.json")))
         weights["wte.weight"] = torch.cat([wte_VD[:-1], wte_VD.mean(0, keepdim=True), wte_VD[-1:]])
         ours, theirs = ({name: tuple(w.shape) for name, w in tensors.items()}
                         for tensors in (model.state_dict(), weights))

@@ -45,8 +45,9 @@ COLUMNS = ("is_response", "data", "real", "generated", "opponent", "log_share") 
 def grow(prompt, responses):
     """The rows of one prompt: a list of (places, steps). `responses` are sorted.
 
-    places has (token, position, end) for each place of the row, and steps has (place, target,
-    response) for each token of each response: the place which scores it, the token, whose it is.
+    places has (token, position, end) for each place of the row. steps has (place, target, response)
+    for each token of each response: the place whose logits score it, the token, and the number of
+    its response.
 
     >>> [(places, steps)] = grow([7, 8], [(1, 2, 9), (1, 9), (3,)])
     >>> places.tolist()  # the prompt, then the tokens 1 and 2; nothing follows 9 and 3
@@ -202,11 +203,12 @@ def known_shares(real_N, sampled_N, opponent_N, n):
     Why not weigh every sampled response by p_t? Because where a sampling misses a response it would
     weigh 0: on average it would count p_t (1 − (1 − p_t)ⁿ), which is too little.
 
-    The real responses have probability `known` together; at least one of n samples is another
-    response with chance 1 − knownⁿ. If one is, the others get (1 − known)/(1 − knownⁿ) together, in
-    proportion to their counts, and else nothing; since all samples are alike, each other response
-    then has p_t/(1 − known) of them on average. So the mean over samplings is p_t for every
-    response, with less noise than counts have, and the weights sum to 1.
+    The real responses have probability `known` together, so with chance 1 − knownⁿ at least one of
+    n samples is another response. Where that is so, the others weigh (1 − known)/(1 − knownⁿ)
+    together, split by their counts; else they weigh nothing. Dividing by that chance makes their
+    mean weight together 1 − known. Samples are alike, so each other response gets its part of this,
+    p_t/(1 − known), on average: its mean weight is p_t. The weights of a sampling sum to 1, and have
+    less noise than counts.
     """
     known_N = np.where(real_N > 0, np.exp(opponent_N), 0.0)
     other_N = np.where(real_N > 0, 0.0, sampled_N)

@@ -129,8 +129,8 @@ def draw_loss(ax, rows, start):
 def draw_masses(ax, rows):
     """(c) how much probability is on right responses, on sampled wrong ones, and elsewhere.
 
-    On a log axis. What is sampled changes with the opponent, so each iteration has lines of its own
-    for that; what p_0 has wrong stands at 0, before anybody sampled it.
+    On a log axis. Each iteration has a new opponent with new samples, so two lines start afresh
+    there. The point at 0 is all that p_0 has wrong.
     """
     p_0, (rows, places) = pick(rows, "iteration")[0], spin_reports(rows)
     wrong = [row["off_support"] for row in (p_0, *rows)]

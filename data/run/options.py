@@ -122,9 +122,8 @@ def prepare(config):
     torch.set_num_threads(config.threads)
     device = start(config.device)
     encoding = load_encoding(config.encoding)
-    if config.init:  # the sizes are the file's; it may leave the heads to --n-head
-        n_head = config.n_head if config.n_head != type(config).n_head else None
-        sizes = vars(load_gpt2(config.init, encoding.n_vocab, n_head).config)
+    if config.init:  # the sizes are the file's
+        sizes = vars(load_gpt2(config.init, encoding.n_vocab).config)
         vars(config).update({name: sizes[name] for name in sizes if name != "vocab_size"})
     if config.n_embd % config.n_head:
         raise InputError(f"--n-embd {config.n_embd}: must be a multiple of --n-head "
