@@ -261,6 +261,17 @@ def test_terminal_without_greek_letters_breaks_no_command(copy):
     assert done.returncode == 0 and b"log 2" in done.stdout and not done.stderr
 
 
+def test_closed_pipe_ends_a_command_quietly(copy):
+    """As in `… show 4 | head -1`: no word, and the status that a shell shows for it."""
+    for args in (["list"], ["show", "4"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, copy / "tests" / "exercises.py", *args],
+                              stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, b""), args
+
+
 # --- hand-out and grading ------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
