@@ -31,7 +31,6 @@ def check_token(got, hidden_UD, weight_VD, targets_N, row_N=None):
         "every state is scored for every target: [N, N]": p_UV.log()[row_N][:, targets_N],
         "the softmax runs over the states, dim=0; it belongs over the vocabulary":
             (z_UV.exp() / z_UV.exp().sum(0))[row_N, targets_N].log(),
-        "the logarithm of the sum is missing": (z_UV - z_UV.exp().sum(1, True))[row_N, targets_N],
         "row_N is None here, and an index None adds an axis: let it be 0, 1, 2, …":
             p_UV.log()[None, targets_N % len(z_UV)],
         "row_N picks the states, not the targets":
@@ -372,7 +371,7 @@ def check_anchor(m, player, opponent, share):
             of(log_m(ratio.clamp(max=0))),
         "the shares are made to sum to 1; take them as they are":
             of(log_m(ratio, share / share.sum(1, keepdim=True))),
-        "this is m; −log m is asked for": mass, "this is −m; −log m is asked for": -mass,
+        "this is m; −log m is asked for": mass,
         "this is 1 − m; −log m is asked for": 1 - mass,
         "this is (1 − m) log 1/m; −log m is asked for": -(1 - mass) * mass.log(),
         "the ratio is upside down: it is p_θ/p_t": of(log_m(-ratio)),
@@ -449,10 +448,6 @@ def check_theorem(m, data, opponent, lam):
             normal((1 - 1 / lam) * data + opponent / lam),
         "the exponent is 1/λ, not λ": normal(opponent + (data - opponent) * lam),
         "it is not normalised: Σ p_{t+1} must be 1": score,
-        "the formula is one of probabilities; yours has their logarithms in it":
-            normal(opponent * (data / opponent) ** (1 / lam)),
-        "all rows are normalised together; each sums to 1":
-            score - score.flatten().logsumexp(0),
         "the ratio is upside down: it is p_data/p_t": normal(opponent - (data - opponent) / lam),
         "p_t is missing before the ratio": normal((data - opponent) / lam),
         "this is p_data: λ is not used": data, "this is p_t: p_data is not used": opponent,
@@ -534,8 +529,6 @@ def check_floor(m, data, opponent):
         "this is a mean over pairs; they are weighed by p₊": right / plus.numel(),
         "p₊ is not used as a weight: this is the mean over pairs":
             float(torch.log1p(minus / plus).mean()),
-        "the weight of a pair is p₊, not its logarithm":
-            float((plus.log() * torch.log1p(minus / plus)).sum()),
         "p₊ and p₋ are exchanged within the logarithm": float(torch.where(
             minus > 0, plus * torch.log1p(plus / minus), 0.0).sum()),
         "it is always log 2: your p₊ and p₋ are the same": log2}, "the floor")
@@ -615,7 +608,6 @@ def check_backward(m, columns, equal=False, again=False):
         "exp(z − max) is not divided by the sum": add(g[:, None] * (hot - share[row])),
         "the largest logit is not subtracted: exp(z − max)":
             add(g[:, None] * (hot - p[row] * z.amax(1).exp()[row, None])),
-        "you divide by the number of targets": right / len(g),
         "the target's 1 is not multiplied by grad_N": add(hot - g[:, None] * p[row]),
         "only the last target of a state counts; those that share a state add up": once,
         "only one block of the vocabulary is in it: sum over all blocks": last}

@@ -96,7 +96,29 @@ MIXED = "the heads are mixed up: transpose(1, 2) back to [B, T, H, K] before the
 cut = lambda qkv: [part.reshape(2, 2, -1, 4) for part in qkv.split(8, 2)]
 woven = lambda qkv: [part.unflatten(2, (4, 2)).permute(0, 3, 1, 2) for part in qkv.split(8, 2)]
 single = lambda qkv: [part[:, None] for part in qkv.split(8, 2)]
-weighed = lambda rule: dict(weigh=rule)
+WEIGHTS = {
+    "visible_BTC is ignored, so every token sees all": lambda score, seen: score.softmax(3),
+    "visible_BTC is ignored, and a causal mask taken instead":
+        lambda score, seen: weigh(score, torch.ones_like(seen).tril()),
+    "the mask is inverted: True means visible":
+        lambda score, seen: weigh(score, ~seen).nan_to_num(0.0),
+    "the mask is inverted, so that some rows see nothing": lambda score, seen: weigh(score, ~seen),
+    "each head gets the mask of a row: scores are [B, H, T, C], so write visible_BTC[:, None]":
+        lambda score, seen: weigh(score, seen.transpose(0, 1)),
+    "all rows get the mask of the first row": lambda score, seen: weigh(score, seen[:1]),
+    "a True added to a score hides nothing: put −inf where visible_BTC is False":
+        lambda score, seen: (score + seen).softmax(3),
+    "0 · (−∞) is NaN: put −inf there with masked_fill": lambda score, seen: score * math.nan,
+    "the mask must come before the softmax: your weights no longer sum to 1":
+        lambda score, seen: score.softmax(3) * seen,
+    "the softmax is missing": lambda score, seen: score.masked_fill(~seen, -math.inf),
+    "the softmax runs over the heads; it belongs over the keys, dim=3":
+        lambda score, seen: weigh(score, seen, axis=1),
+    "the softmax runs over the queries; it belongs over the keys, dim=3":
+        lambda score, seen: weigh(score, seen, axis=2)}
+WEIGHTS |= {f"a hidden score of {hidden} still gets a weight, e^{hidden}: use −inf":
+            lambda score, seen, hidden=hidden: weigh(score, seen, hidden)
+            for hidden in (0, -1, math.inf)}
 MISTAKES = {f"{PARTS} them as {', '.join(order)}": dict(
     split=lambda qkv, order=order: split(qkv, order)) for order in itertools.permutations("qkv")}
 MISTAKES |= {
@@ -109,33 +131,8 @@ MISTAKES |= {
     f"{CUT}; likewise back": dict(split=cut, join=lambda y: y.reshape(2, -1, 8)),
     f"{WOVEN}, nor back": dict(split=woven, join=lambda y: y.permute(0, 2, 3, 1).flatten(2)),
     MIXED: dict(join=lambda y: y.reshape(2, -1, 8)),
-    f"{MIXED}, not (2, 3)": dict(join=lambda y: y.transpose(2, 3).reshape(2, -1, 8)),
-    "visible_BTC is ignored, so every token sees all: where it is False the score is −inf":
-        weighed(lambda score, visible: score.softmax(3)),
-    "visible_BTC is ignored, and a causal mask taken instead: use the mask that is given":
-        weighed(lambda score, visible: weigh(score, torch.ones_like(visible).tril())),
-    "the mask is inverted: True means that a token may be seen":
-        weighed(lambda score, visible: weigh(score, ~visible).nan_to_num(0.0)),
-    "the mask is inverted (True means visible), so that some rows see nothing":
-        weighed(lambda score, visible: weigh(score, ~visible)),
-    "each head gets the mask of a row: scores are [B, H, T, C], so write visible_BTC[:, None]":
-        weighed(lambda score, visible: weigh(score, visible.transpose(0, 1))),
-    "all rows get the mask of the first row":
-        weighed(lambda score, visible: weigh(score, visible[:1])),
-    "a True added to a score hides nothing: put −inf where visible_BTC is False":
-        weighed(lambda score, visible: (score + visible).softmax(3)),
-    "0 · (−∞) is NaN: put −inf where visible_BTC is False, with masked_fill":
-        weighed(lambda score, visible: score * math.nan),
-    "the mask must come before the softmax: your weights no longer sum to 1":
-        weighed(lambda score, visible: score.softmax(3) * visible),
-    "the softmax is missing":
-        weighed(lambda score, visible: score.masked_fill(~visible, -math.inf))}
-MISTAKES |= {f"a hidden score of {hidden} still gets a weight, e^{hidden}: use −inf": weighed(
-    lambda score, visible, hidden=hidden: weigh(score, visible, hidden))
-    for hidden in (0, -1, math.inf)}
-MISTAKES |= {f"the softmax runs over the {what}; it belongs over the keys, dim=3": weighed(
-    lambda score, visible, axis=axis: weigh(score, visible, axis=axis))
-    for axis, what in ((1, "heads"), (2, "queries"))}
+    f"{MIXED}, not (2, 3)": dict(join=lambda y: y.transpose(2, 3).reshape(2, -1, 8))}
+MISTAKES |= {words: dict(weigh=rule) for words, rule in WEIGHTS.items()}
 MISTAKES |= {f"the scores are {words}; divide by √K, K = D/H": dict(root=root) for words, root in (
     ("not divided by √K", 1), ("divided by K, not by √K", 4), ("multiplied by √K", 0.5),
     ("divided by √D", 8 ** 0.5), ("divided by √H", 2 ** 0.5))}
@@ -299,8 +296,6 @@ def top_k_keeps_the_k_likeliest(m):
         "top_k changes nothing": p, "top_k keeps the unlikeliest tokens": keep((2, 4)),
         "top_k keeps one token too many": keep((0, 1, 3)),
         "top_k keeps one token too few": keep((0,)),
-        "top_k removes the likeliest token: the comparison is the wrong way round":
-            keep((1, 2, 3, 4)),
         "these are places among the k likeliest; the tokens themselves are asked for":
             [*sorted(softmax([1.5, 0.7]))[::-1], 0, 0, 0],
         "tokens beyond the k likeliest keep a logit of 0; it must be −inf":

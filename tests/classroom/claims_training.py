@@ -31,7 +31,6 @@ def check_sft(m, P=3, N=4):
         "the shares are not used: this is the mean over the set's responses":
             -((real > 0) * x).sum(1) / (real > 0).sum(1),
         "log p_t is subtracted; SFT knows no opponent": right + (real * opponent.log()).sum(1),
-        "this is Σ share · p; log p is to be weighed": -(real * x.exp()).sum(1),
         "you divide by the number of responses; the shares sum to 1 already": right / N,
         "the mask is inverted: what is not in the SFT set is learned":
             -((real == 0) * x).sum(1),
