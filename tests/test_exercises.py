@@ -94,6 +94,8 @@ def test_function_of_another_exercise_and_a_line_that_fails_are_named():
     lines = filled(EMPTY["sample.py"], n, "x = 1\nreturn x.nothing").split("\n")
     assert said == ("AttributeError: 'int' object has no attribute 'nothing' (sample.py, line "
                     f"{1 + lines.index('    return x.nothing')})")
+    said, *_ = tried_body(NUMBERS["causal_mask"], "return key_BC @ query_BT")
+    assert said.endswith(": key_BC [1, 4], query_BT [1, 4])"), "the shapes of its tensors"
 
 
 # --- in a process --------------------------------------------------------------------------------
@@ -103,6 +105,13 @@ def judged(n, body, seconds=20):
         text = filled(EMPTY[TEXTS[n - 1]["file"]], n, body)
         result = clean.judge(TEXTS[n - 1], text, seconds, quiet=True)
     return result, sum(claim["held"] for claim in result["claims"])
+
+
+def test_variants_need_no_other_exercise():
+    """In the process spin_loss is empty too, which sampled_pair_loss calls."""
+    for name in ("self_play_with_history", "sampled_pair_loss"):
+        result, held = judged(NUMBERS[name], RIGHT[NUMBERS[name] - 1])
+        assert held == 2, result
 
 
 def test_process_that_ends_itself_proves_nothing():

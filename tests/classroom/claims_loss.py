@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from classroom.checks import (Broken, alike, claim, dice, expect, flat, gradients, plain, require,
                               require_gradient, require_value_error, shares, table)
+from spin_loss import LOSSES
 
 FILE = "spin_loss.py"
 
@@ -274,8 +275,8 @@ def pair_case(P=2, N=3, grad=False):
 
 
 def spin_loss_alone(m):
-    """Give the module a spin_loss, so that pair_loss is judged by itself."""
-    m.spin_loss = lambda a, b, c, d, lam, loss="logistic": m.LOSSES[loss](a - c, b - d, lam)
+    """Give the module a spin_loss, so that what calls it is judged by itself."""
+    m.spin_loss = lambda a, b, c, d, lam, loss="logistic": LOSSES[loss](a - c, b - d, lam)
 
 
 def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):

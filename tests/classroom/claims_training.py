@@ -9,6 +9,7 @@ import torch
 
 from classroom.checks import (Broken, claim, dice, expect, plain, require, require_gradient, shares,
                               table)
+from classroom.claims_loss import spin_loss_alone
 
 # --- sft_loss ------------------------------------------------------------------------------------
 
@@ -637,6 +638,7 @@ def all_responses_are_scored_by_the_opponent_of_this_iteration(m):
 
 @claim(VARIANTS, "sampled_pair_loss")
 def its_mean_is_the_loss_over_all_pairs(m):
+    spin_loss_alone(m)
     rng = dice("sampled pairs")
     player, opponent = table(rng, 2, 3, low=-4, high=-1), table(rng, 2, 3, low=-4, high=-1)
     real, generated, ratio = shares(rng, 2, 3), shares(rng, 2, 3), player - opponent
@@ -668,6 +670,7 @@ def its_mean_is_the_loss_over_all_pairs(m):
 
 @claim(VARIANTS, "sampled_pair_loss")
 def it_draws_n_pairs_anew_and_passes_the_gradient(m):
+    spin_loss_alone(m)
     rng = dice("few pairs")
     player, even = table(rng, 1, 50, low=-4, grad=True), torch.full((1, 50), 0.02).double()
     args = player, table(rng, 1, 50, low=-4), even, even, 1.0
