@@ -180,7 +180,7 @@ class PlainCache:
         self.layers.append(layer)
         for got, right, other, name in ((k_BHTK, *self.new, "k"), (v_BHTK, *self.new[::-1], "v")):
             expect(got, right, {"cache.extend is given k and v in the wrong order": other},
-                   f"cache.extend is given [B, H, T, K] = [2, 2, 2, 4] numbers: {name}")
+                   f"the {name} that cache.extend is given, [B, H, T, K],")
         return tuple(torch.cat([old, new], 2) for old, new in zip(self.old, (k_BHTK, v_BHTK)))
 
 
