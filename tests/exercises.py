@@ -197,13 +197,19 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # a notebook's output has no such method
             stream.reconfigure(errors="replace")  # a terminal without λ shows ?
     try:
-        args, n = parser.parse_args(argv), None
-        if args.command not in ("handout", "grade") and (args.what or args.command != "list"):
-            n = int(args.what[0]) if len(args.what) == 1 and args.what[0].isdecimal() else 0
-            if not 1 <= n <= len(TEXTS):
-                raise Refusal(f"{args.command} needs a number from 1 to {len(TEXTS)}; `list` "
-                              f"shows them")
-        commands[args.command](n, args)
+        try:
+            args, n = parser.parse_args(argv), None
+            if args.command not in ("handout", "grade") and (args.what or args.command != "list"):
+                n = int(args.what[0]) if len(args.what) == 1 and args.what[0].isdecimal() else 0
+                if not 1 <= n <= len(TEXTS):
+                    raise Refusal(f"{args.command} needs a number from 1 to {len(TEXTS)}; `list` "
+                                  f"shows them")
+            commands[args.command](n, args)
+        finally:
+            sys.stdout.flush()  # a closed pipe is met here, not when Python ends
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # what a shell reports of a program that a closed pipe ends
     except KeyboardInterrupt:
         sys.exit(130)
     except (Refusal, OSError) as error:

@@ -94,6 +94,8 @@ def test_function_of_another_exercise_and_a_line_that_fails_are_named():
     lines = filled(EMPTY["sample.py"], n, "x = 1\nreturn x.nothing").split("\n")
     assert said == ("AttributeError: 'int' object has no attribute 'nothing' (sample.py, line "
                     f"{1 + lines.index('    return x.nothing')})")
+    said, *_ = tried_body(NUMBERS["causal_mask"], "return key_BC @ query_BT")
+    assert said.endswith(": key_BC [1, 4], query_BT [1, 4])"), "the shapes of its tensors"
 
 
 # --- in a process --------------------------------------------------------------------------------
@@ -103,6 +105,13 @@ def judged(n, body, seconds=20):
         text = filled(EMPTY[TEXTS[n - 1]["file"]], n, body)
         result = clean.judge(TEXTS[n - 1], text, seconds, quiet=True)
     return result, sum(claim["held"] for claim in result["claims"])
+
+
+def test_variants_need_no_other_exercise():
+    """In the process spin_loss is empty too, which sampled_pair_loss calls."""
+    for name in ("self_play_with_history", "sampled_pair_loss"):
+        result, held = judged(NUMBERS[name], RIGHT[NUMBERS[name] - 1])
+        assert held == 2, result
 
 
 def test_process_that_ends_itself_proves_nothing():
@@ -259,6 +268,17 @@ def test_terminal_without_greek_letters_breaks_no_command(copy):
                           env=os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
                           capture_output=True)
     assert done.returncode == 0 and b"log 2" in done.stdout and not done.stderr
+
+
+def test_closed_pipe_ends_a_command_quietly(copy):
+    """As in `… show 4 | head -1`: no word, and the status that a shell shows for it."""
+    for args in (["list"], ["show", "4"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, copy / "tests" / "exercises.py", *args],
+                              stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, b""), args
 
 
 # --- hand-out and grading ------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from classroom.checks import (Broken, alike, claim, dice, expect, flat, plain, require,
+from classroom.checks import (Broken, alike, claim, dice, expect, flat, gradients, plain, require,
                               require_gradient, require_value_error, shares, table)
+from spin_loss import LOSSES
 
 FILE = "spin_loss.py"
 
@@ -31,6 +32,10 @@ def check_token(got, hidden_UD, weight_VD, targets_N, row_N=None):
         "every state is scored for every target: [N, N]": p_UV.log()[row_N][:, targets_N],
         "the softmax runs over the states, dim=0; it belongs over the vocabulary":
             (z_UV.exp() / z_UV.exp().sum(0))[row_N, targets_N].log(),
+        "row_N is None here, and an index None adds an axis: let it be 0, 1, 2, …":
+            p_UV.log()[None, targets_N % len(z_UV)],
+        "row_N picks the states, not the targets":
+            p_UV.log()[own, targets_N[row_N % len(targets_N)]],
         "row_N is ignored: target n belongs to hidden_UD[row_N[n]]": p_UV[own, targets_N].log()})
 
 
@@ -43,8 +48,9 @@ def log_p_is_the_logit_minus_log_sum_exp(m):
 @claim(FILE, "token_logps")
 def large_logits_do_not_overflow(m):
     got = m.token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
-    require(plain(got) == [-2000], f"logits of ±1000 give {plain(got)}, expected −2000: exp "
-            f"overflows; subtract the largest logit first, as log_softmax does")
+    require(all(map(math.isfinite, flat(plain(got)))), "with logits of ±1000 exp overflows; "
+            "subtract the largest logit first, as log_softmax does")
+    expect(got, [-2000.0], what="with logits of ±1000 log p")
 
 
 @claim(FILE, "token_logps")
@@ -66,12 +72,17 @@ def gradients_reach_states_and_weights(m):
 @claim(FILE, "token_logps")
 def fused_is_the_kernel_and_other_names_are_refused(m):
     """"fused" is FusedLogps.apply, here a stand-in that shows what it was given."""
-    m.FusedLogps = SimpleNamespace(apply=lambda hidden_UD, weight_VD, targets_N, row_N:
-                                   100 * hidden_UD[row_N, 0] + targets_N + len(weight_VD) / 1000)
+    def apply(hidden_UD, weight_VD, targets_N, row_N):
+        require(row_N is not None, "FusedLogps.apply is given the row_N None; it needs one always")
+        return 100 * hidden_UD[row_N, 0] + targets_N + len(weight_VD) / 1000
+    m.FusedLogps = SimpleNamespace(apply=apply)
     case, row_N = token_case("fused"), torch.tensor([5, 1, 1, 0, 2, 3])
     value = lambda rows: 100 * case[0][rows, 0] + case[2] + 0.005
     own = value(torch.arange(6))
-    expect(m.token_logps(*case, "fused"), own, what='with impl="fused" FusedLogps.apply')
+    expect(m.token_logps(*case, "fused"), own, {
+        'impl="fused" changes nothing: return what FusedLogps.apply gives':
+            (case[0] @ case[1].T).log_softmax(1)[torch.arange(6), case[2]]},
+        'with impl="fused" the result of FusedLogps.apply')
     expect(m.token_logps(*case, "fused", row_N), value(row_N),
            {'impl="fused" ignores row_N': own}, 'with impl="fused" and row_N FusedLogps.apply')
     require_value_error(lambda: m.token_logps(*case, impl="quick"), "quick",
@@ -99,6 +110,8 @@ def sequence(m, rows, impl="eager"):
 
     def token_logps(hidden_UD, weight_VD, targets_N, impl="eager", row_N=None):
         impls.append(impl)
+        require(hidden_UD.dim() == 2, f"token_logps is given states of shape "
+                f"{list(hidden_UD.shape)}, expected a flat list of those to be scored, [N, D]")
         state_N = hidden_UD.argmax(1) if row_N is None else hidden_UD.argmax(1)[row_N]
         return weight_VD[targets_N, state_N]
     m.token_logps = token_logps
@@ -126,6 +139,11 @@ def check_sequence(m, rows):
                 "END is not scored: without it long responses look as likely as short ones":
                     value - last,
                 "END is scored twice": value + last,
+                "each row keeps one token alone: add them up": last,
+                "you divide by the row's length; a log-probability is a sum":
+                    value / (len(x + y + pad) - 1),
+                "the shift goes the wrong way: a token is scored by the one after it":
+                    steps((y + pad[:1])[::-1]),
                 "the first token of the response is not scored: shift the mask as you shift the "
                 "targets": value - step(x[-1], y[0]),
                 "the mask was not shifted: it must stand with the targets, not with the inputs":
@@ -192,7 +210,14 @@ def check_spin(m, lam, loss="logistic", B=5):
             each(lambda p, g, op, og: (p - op, g - og, lam * lam)),
         "λ multiplies the first log-ratio only":
             each(lambda p, g, op, og: (lam * (p - op), g - og, 1)),
-        "the opponent is left out": each(lambda p, g, op, og: (p, g, lam)),
+        "the opponent is left out, or one of its log-probs stands in both log-ratios":
+            each(lambda p, g, op, og: (p, g, lam)),
+        "the ratio itself is taken; its logarithm is asked for, a difference": each(
+            lambda p, g, op, og: (math.exp(p - op), math.exp(g - og), lam)),
+        "logarithms are divided; the log of a ratio is a difference": each(
+            lambda p, g, op, og: (p / op, g / og, lam)),
+        "a log-ratio is of one response: real with real, generated with generated": each(
+            lambda p, g, op, og: (p - g, op - og, lam)),
         "the opponent's two log-probs are exchanged": each(
             lambda p, g, op, og: (p - og, g - op, lam)),
         "the two log-ratios are added; their difference is asked for":
@@ -235,8 +260,7 @@ def every_loss_in_the_table_can_be_chosen(m):
 @claim(FILE, "spin_loss")
 def gradient_pushes_the_real_response_up_and_the_generated_one_down(m):
     four = [table(dice(n), 4, low=-3, high=-1, grad=True) for n in range(4)]
-    real, generated = require_gradient(m.spin_loss(*four, 2.0), *four[:2],
-                                       words="no gradient reaches the player's log-probs")
+    real, generated = require_gradient(m.spin_loss(*four, 2.0), *four[:2])
     require(max(real.tolist()) < 0 < min(generated.tolist()), "the loss should fall as log p_θ(y) "
             "rises, and rise with log p_θ(y'); yours does not")
 
@@ -251,35 +275,44 @@ def pair_case(P=2, N=3, grad=False):
 
 
 def spin_loss_alone(m):
-    """Give the module a spin_loss, so that pair_loss is judged by itself."""
-    m.spin_loss = lambda a, b, c, d, lam, loss="logistic": m.LOSSES[loss](a - c, b - d, lam)
+    """Give the module a spin_loss, so that what calls it is judged by itself."""
+    m.spin_loss = lambda a, b, c, d, lam, loss="logistic": LOSSES[loss](a - c, b - d, lam)
 
 
 def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):
     spin_loss_alone(m)
     P, N = player.shape
-    ratio = (player - opponent).tolist()
+    numbers = [x.tolist() for x in (player, opponent, real, generated)]
 
-    def by_hand(p, a=real, b=generated, both=False, pairs=None, lam=lam):
-        pairs = [(i, j) for i in range(N) for j in range(N)] if pairs is None else pairs
-        return sum(float(a[p, i] * b[p, j]) * written_out(
-            loss, ratio[p][i], ratio[p][i if both else j], lam) for i, j in pairs)
-    each = lambda **how: [by_hand(p, **how) for p in range(P)]
-    right, one = each(), torch.ones_like(real)
-    rest = [(i, j) for i in range(N) for j in range(N) if i != j]
+    def each(rule, lam=lam, loss=loss):
+        """Σ weight · ℓ(r, s) for each prompt; rule(i, j, x, o, a, b) gives (weight, r, s)."""
+        return [sum(weight * written_out(loss, r, s, lam) for i in range(N) for j in range(N)
+                    for weight, r, s in [rule(i, j, *prompt)]) for prompt in zip(*numbers)]
+    weighed = lambda weight: each(lambda i, j, x, o, a, b: (
+        weight(i, j, a, b), x[i] - o[i], x[j] - o[j]))
+    pair = lambda i, j, x, o, a, b: (a[i] * b[j], x[i] - o[i], x[j] - o[j])
+    right = each(pair)
     expect(m.pair_loss(player, opponent, real, generated, lam, loss), right, {
-        "real and generated responses share one log-ratio: the same labels for both":
-            each(both=True),
+        "real and generated responses share one log-ratio: the same labels for both": each(
+            lambda i, j, x, o, a, b: (a[i] * b[j], x[i] - o[i], x[i] - o[i])),
         "y and y' are exchanged, or the sign of the margin is flipped: real_PN weighs y, and the "
-        "loss falls as log p_θ(y) rises": each(a=generated, b=real),
+        "loss falls as log p_θ(y) rises": weighed(lambda i, j, a, b: b[i] * a[j]),
+        "the opponent's log-probs are exchanged": each(
+            lambda i, j, x, o, a, b: (a[i] * b[j], x[i] - o[j], x[j] - o[i])),
         "each y is compared with the y' of its own number only; all pairs are asked for":
-            each(pairs=[(i, i) for i in range(N)]),
-        "a pair of one response with itself is left out; it has its weight too": each(pairs=rest),
-        "the weights are not used: this is the mean over all pairs": [
-            x / N**2 for x in each(a=one, b=one)],
-        "the weights are not used: this is the sum over all pairs": each(a=one, b=one),
-        "y' is not weighed": each(b=one), "y is not weighed": each(a=one),
-        "λ is missing": each(lam=1.0)}, "the loss")
+            weighed(lambda i, j, a, b: a[i] * b[j] * (i == j)),
+        "a pair of one response with itself is left out; it has its weight too":
+            weighed(lambda i, j, a, b: a[i] * b[j] * (i != j)),
+        "the weights are added; multiply them": weighed(lambda i, j, a, b: a[i] + b[j]),
+        "the weights are not used: this is the mean over all pairs":
+            weighed(lambda i, j, a, b: 1 / N**2),
+        "the weights are not used: this is the sum over all pairs": weighed(lambda *_: 1),
+        "you divide by the number of pairs; the weights sum to 1 already":
+            weighed(lambda i, j, a, b: a[i] * b[j] / N**2),
+        "y' is not weighed": weighed(lambda i, j, a, b: a[i]),
+        "y is not weighed": weighed(lambda i, j, a, b: b[j]),
+        "`loss` is not passed on": each(pair, loss="logistic"),
+        "λ is missing": each(pair, lam=1.0)}, "the loss")
 
 
 @claim(FILE, "pair_loss")
@@ -311,7 +344,7 @@ def a_response_without_weight_changes_nothing(m):
         expect(got, m.pair_loss(player, opponent, real, generated, 2.0, "exponential"), {
             "0 · ∞ is NaN: mask the log-ratios of pairs without weight before the loss":
                 [math.nan] * 2}, "with padding the loss")
-        gradient, = torch.autograd.grad(got.sum(), wide)
+        gradient, = gradients(got, wide)
         require(bool(gradient.isfinite().all()), "0 · ∞ makes the gradient NaN: mask the "
                 "log-ratios of pairs without weight before the loss")
 
@@ -330,35 +363,47 @@ def check_anchor(m, player, opponent, share):
     of = lambda log_m: [-min(0.0, x) for x in log_m.tolist()]
     log_m = lambda ratio, s=share: (s * ratio.exp()).sum(1).log()
     ratio, right = player - opponent, of(log_m(player - opponent))
-    count = (share > 0).double()
-    mass = (share * ratio.exp()).sum(1).clamp(max=1)
+    one, mass = torch.ones_like(share), (share * ratio.exp()).sum(1).clamp(max=1)
     expect(m.mass_anchor(player, opponent, share.log()), right, {
         "m > 1 is punished too: m = min(1, …)": -log_m(ratio),
+        "m < 1 is free and m > 1 counts, with max(1, …); it is min(1, …): clamp(max=0)":
+            -log_m(ratio).clamp(min=0),
+        "each ratio is held to 1; it is their sum that may be at most 1":
+            of(log_m(ratio.clamp(max=0))),
+        "the shares are made to sum to 1; take them as they are":
+            of(log_m(ratio, share / share.sum(1, keepdim=True))),
+        "this is m; −log m is asked for": mass,
         "this is 1 − m; −log m is asked for": 1 - mass,
         "this is (1 − m) log 1/m; −log m is asked for": -(1 - mass) * mass.log(),
         "the ratio is upside down: it is p_θ/p_t": of(log_m(-ratio)),
         "the opponent is left out: the ratio is p_θ/p_t": of(log_m(player)),
-        "the shares are not used": of(log_m(ratio, count)),
-        "the shares are not used: this is a plain mean": of(log_m(ratio, count / share.shape[1])),
-        "all prompts are taken together: each has its own m": [
-            -min(0.0, math.log(float((share * ratio.exp()).sum()) / len(share)))] * len(share),
+        "the shares are not used": of(log_m(ratio, one)),
+        "the shares are not used: this is a plain mean": of(log_m(ratio, one / share.shape[1])),
+        "log_share_PN is a logarithm already": of(log_m(ratio + share, one)),
+        "all prompts are taken together: each has its own m":
+            of((share * ratio.exp()).sum(1).mean().log().expand(len(share))),
+        "this is one number for all prompts; each has its own m":
+            -min(0.0, math.log(float((share * ratio.exp()).sum()))),
         "m is the mean of the ratios, not of their logarithms": of((share * ratio).sum(1))},
         "the anchor")
 
 
 @claim(FILE, "mass_anchor")
 def it_is_minus_log_m_for_each_prompt(m):
+    """All ratios small; both kinds, with shares below 1 in sum and padding; all large."""
     rng = dice("anchor")
     opponent, share = table(rng, 3, 4, low=-4, high=-1), shares(rng, 3, 4)
-    share[1, 3] = 0  # padding
-    check_anchor(m, opponent - table(rng, 3, 4, low=0.3, high=2), opponent, share)
+    fall = torch.stack([table(rng, 4, low=a, high=a + 1) for a in (2, -0.5, -4)])
+    fall[1, :2], share[1, 3] = torch.tensor([-0.5, 0.5]), 0
+    share[1] *= 0.3
+    check_anchor(m, opponent - fall, opponent, share)
 
 
 @claim(FILE, "mass_anchor")
 def it_is_zero_where_nothing_leaks_and_an_excess_is_free(m):
     """The mean of p_θ/p_t over y' ~ p_t is Σ p_θ = 1; one prompt's excess helps no other."""
     opponent, player = (shares(dice(name), 1, 4).log() for name in "op")
-    expect(m.mass_anchor(player, opponent, opponent), [0.0], what="the anchor without a leak")
+    check_anchor(m, player, opponent, opponent.exp())
     both = torch.tensor([[-2 + math.log(0.5)] * 2, [-1 + math.log(2)] * 2]).double()
     check_anchor(m, both, torch.tensor([[-2.0, -2.0], [-1.0, -1.0]]).double(),
                  torch.full((2, 2), 0.5).double())
@@ -376,7 +421,7 @@ def huge_and_tiny_ratios_stay_finite(m):
         expect(value, right, {"below some m the anchor no longer grows: do not clamp m from below":
                               value if 0 < value < 150 else math.nan},
                f"the anchor at a ratio of e^{shift:g}")
-        gradient, = torch.autograd.grad(got.sum(), player)
+        gradient, = gradients(got, player)
         require(bool(gradient.isfinite().all()), f"the gradient at e^{shift:g} is not finite")
 
 
@@ -406,7 +451,7 @@ def check_theorem(m, data, opponent, lam):
         "it is not normalised: Σ p_{t+1} must be 1": score,
         "the ratio is upside down: it is p_data/p_t": normal(opponent - (data - opponent) / lam),
         "p_t is missing before the ratio": normal((data - opponent) / lam),
-        "this is p_data: λ is not used": data,
+        "this is p_data: λ is not used": data, "this is p_t: p_data is not used": opponent,
         "p_t keeps its whole weight: collect what stands before log p_t, 1 − 1/λ":
             normal(opponent + data / lam),
         "it is normalised over the first axis; it should be over the last": normal(score, 0)},
@@ -441,8 +486,12 @@ def no_policy_has_a_lower_loss(m):
 @claim(FILE, "optimal_next_policy")
 def probability_zero_and_what_the_theorem_excludes(m):
     data, half = torch.tensor([0.75, 0.25, 0.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
+    opponent = torch.tensor([0.25, 0.25, 0.5, 0.0]).log()
     for lam in (0.5, 1.0, 2.0):
-        got = plain(m.optimal_next_policy(data, torch.tensor([0.25, 0.25, 0.5, 0.0]).log(), lam))
+        try:
+            got = plain(m.optimal_next_policy(data, opponent, lam))
+        except ValueError:
+            raise Broken("p_t = 0 is refused where p_data = 0 too; there it is allowed") from None
         require(not any(x != x for x in flat(got)), "NaN where p_data is 0: −inf · 0 or inf − inf; "
                 "put −inf there before you normalise")
         power = [0.25 * (p / 0.25) ** (1 / lam) for p in (0.75, 0.25)]
@@ -479,6 +528,8 @@ def check_floor(m, data, opponent):
         "a KL(p₊‖p₋) stands where the JSD belongs": log2 - kl(plus, minus),
         "log 2 is missing: this is −JSD": -jsd,
         "this is a mean over pairs; they are weighed by p₊": right / plus.numel(),
+        "p₊ is not used as a weight: this is the mean over pairs":
+            float(torch.log1p(minus / plus).mean()),
         "p₊ and p₋ are exchanged within the logarithm": float(torch.where(
             minus > 0, plus * torch.log1p(plus / minus), 0.0).sum()),
         "it is always log 2: your p₊ and p₋ are the same": log2}, "the floor")
@@ -527,16 +578,24 @@ def check_backward(m, columns, equal=False, again=False):
     """Both gradients of the kernel, with blocks of so many columns, beside those of log_softmax."""
     m.BLOCK_LOGITS, m.LEAST_COLUMNS, m.compiled = {"cpu": 0}, columns, lambda body, device: body
     rng, V = dice("backward"), 7
-    h, W = table(rng, 4, 3, grad=True), table(rng, V, 3, grad=True)
+    h, W = table(rng, 4, 3), table(rng, V, 3)
     y = torch.tensor([0 if equal else rng.randrange(V) for _ in range(6)])
     row, g = torch.tensor([2, 0, 1, 3, 2, 2]), table(rng, 6, low=0.3, high=2)
-    logp = m.FusedLogps.apply(h, W, y, row)
-    got = torch.autograd.grad(logp, (h, W), g, retain_graph=again)
+    top, logits = (h @ W.T).amax(1), h @ W.T
+    saved = h, W, y, row, top, (logits - top[:, None]).exp().sum(1)
+    ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True, True, False, False),
+                          logits_UC=logits.clone() if columns >= V else None)
+
+    before, got = [x.clone() for x in (*saved, g)], m.FusedLogps.backward(ctx, g)
+    require(isinstance(got, tuple) and len(got) == 4, "four gradients are expected, one for each "
+            "argument of forward: (∂L/∂hidden, ∂L/∂weight, None, None)")
+    require(all(map(torch.equal, (*saved, g), before)), "saved tensors and grad_N stay as they "
+            "are; yours changes one of them")
     if again:
-        first, got = got, torch.autograd.grad(logp, (h, W), g)
-        require(torch.equal(first[0], got[0]), "a second backward pass finds another gradient: the "
-                "first one overwrote what it needs")
-    z = (h @ W.T).detach()
+        for one, two in zip(got[:2], m.FusedLogps.backward(ctx, g)):
+            expect(two, one, what="a second backward pass finds another gradient, so the first one "
+                   "overwrote what it needs: it")
+    z = h @ W.T
     share = (z - z.amax(1, keepdim=True)).exp()
     p, hot = share / share.sum(1, keepdim=True), F.one_hot(y, V).double()
     add = lambda G: torch.zeros(4, V).double().index_add(0, row, G)
@@ -548,12 +607,18 @@ def check_backward(m, columns, equal=False, again=False):
         "the target's 1 is missing: 1[v = y] − softmax": add(-g[:, None] * p[row]),
         "grad_N is not used: each token's gradient is multiplied by its own": add(hot - p[row]),
         "exp(z − max) is not divided by the sum": add(g[:, None] * (hot - share[row])),
+        "the largest logit is not subtracted: exp(z − max)":
+            add(g[:, None] * (hot - p[row] * z.amax(1).exp()[row, None])),
         "the target's 1 is not multiplied by grad_N": add(hot - g[:, None] * p[row]),
         "only the last target of a state counts; those that share a state add up": once,
         "only one block of the vocabulary is in it: sum over all blocks": last}
     for value, of, what in ((got[0], lambda G: G @ W, "∂L/∂hidden"),
                             (got[1], lambda G: G.T @ h, "∂L/∂weight")):
         expect(value, of(right), {words: of(G) for words, G in wrong.items()}, what)
+    for i in range(2):
+        ctx.needs_input_grad = (i == 1, i == 0, False, False)
+        require(m.FusedLogps.backward(ctx, g)[i] is None,
+                "where ctx.needs_input_grad is False, None is expected")
 
 
 @claim(FILE, "FusedLogps.backward")

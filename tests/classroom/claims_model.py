@@ -1,21 +1,22 @@
 """Claims about model.py and sample.py: the mask, attention, the sampling of a token."""
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from classroom.checks import (Broken, claim, dice, expect, flat, plain, require, require_gradient,
-                              table)
+from classroom.checks import (Broken, alike, claim, dice, expect, flat, gradients, plain, require,
+                              require_gradient, table)
 
 # --- causal_mask ---------------------------------------------------------------------------------
 
 
 def check_mask(m, query_BT, key_BC):
     got = m.causal_mask(torch.tensor(query_BT), torch.tensor(key_BC))
-    B, T, C = len(query_BT), len(query_BT[0]), len(key_BC[0])
+    numbers, (B, T, C) = plain(got), (len(query_BT), len(query_BT[0]), len(key_BC[0]))
     require(not (list(got.shape) == [B, C, T] and T != C), f"the last two axes are exchanged: "
             f"{list(got.shape)} is [B, C, T], expected [B, T, C]")
-    require(-math.inf not in flat(plain(got)), "this is a mask to be added, with −inf in it; True "
+    require(-math.inf not in flat(numbers), "this is a mask to be added, with −inf in it; True "
             "and False are expected")
     require(got.dtype == torch.bool, f"the mask holds {got.dtype}; torch.bool is expected")
     seen = lambda rule: [[[rule(q, k) for k in keys] for q in queries]
@@ -64,73 +65,87 @@ def attention(m):
     return module
 
 
-def attend(module, x_BTD, visible_BTC, old=None, root=2.0, hidden=-math.inf, after=None, axis=3,
-           blind=math.nan, mix=False, project=True, order="qkv"):
-    """Attention step by step; the arguments after `old` make the known mistakes."""
-    parts = F.linear(x_BTD, module.c_attn.weight, module.c_attn.bias).split(8, dim=2)
-    heads = {name: part.unflatten(2, (2, 4)).transpose(1, 2) for name, part in zip(order, parts)}
-    q, k, v = (heads[name] for name in "qkv")
+def split(qkv_BTE, order="qkv"):
+    """c_attn's output as q, k, v, [B, H, T, K] each; another order is a mistake."""
+    parts = dict(zip(order, qkv_BTE.split(8, dim=2)))
+    return [parts[name].unflatten(2, (2, 4)).transpose(1, 2) for name in "qkv"]
+
+
+def weigh(score, visible_B1TC, hidden=-math.inf, axis=3):
+    return score.masked_fill(~visible_B1TC, hidden).softmax(axis)
+
+
+def join(y_BHTK):
+    return y_BHTK.transpose(1, 2).flatten(2)
+
+
+def attend(module, x_BTD, visible_BTC, old=None, split=split, root=2.0, weigh=weigh, join=join):
+    """Attention step by step; other steps than those above make the known mistakes."""
+    q, k, v = split(F.linear(x_BTD, module.c_attn.weight, module.c_attn.bias))
     if old:
         k, v = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
-    score = q @ k.transpose(2, 3) / root
-    visible = visible_BTC[:, None]
-    weight = (score if after else score.masked_fill(~visible, hidden)).softmax(axis)
-    weight = weight.nan_to_num(blind)  # where nothing is visible
-    y = (weight * visible if after else weight) @ v
-    y = y.reshape(len(y), -1, 8) if mix else y.transpose(1, 2).flatten(2)
-    return F.linear(y, module.c_proj.weight, module.c_proj.bias) if project else y
+    weight = weigh(q @ k.transpose(2, 3) / root, visible_BTC[:, None])
+    return F.linear(join(weight @ v), module.c_proj.weight, module.c_proj.bias)
 
 
-class PlainCache:
-    """Stands for a KVCache that holds three tokens; remembers what `extend` is given."""
-    def __init__(self):
-        self.old = table(dice("k"), 2, 2, 3, 4), table(dice("v"), 2, 2, 3, 4)
-        self.calls = []
+PARTS = "the three parts of c_attn(x) are q, k, v in this order, D numbers each; you took"
+CUT = "the heads are cut out of time: view(B, T, H, K) first, then transpose(1, 2)"
+WOVEN = "head h has the numbers h·K to (h+1)·K: view D as [H, K], not as [K, H]"
+ONE = "there is one head only: split D into H heads of K"
+MIXED = "the heads are mixed up: transpose(1, 2) back to [B, T, H, K] before the reshape"
+cut = lambda qkv: [part.reshape(2, 2, -1, 4) for part in qkv.split(8, 2)]
+woven = lambda qkv: [part.unflatten(2, (4, 2)).permute(0, 3, 1, 2) for part in qkv.split(8, 2)]
+single = lambda qkv: [part[:, None] for part in qkv.split(8, 2)]
+WEIGHTS = {
+    "visible_BTC is ignored, so every token sees all": lambda score, seen: score.softmax(3),
+    "visible_BTC is ignored, and a causal mask taken instead":
+        lambda score, seen: weigh(score, torch.ones_like(seen).tril()),
+    "the mask is inverted: True means visible":
+        lambda score, seen: weigh(score, ~seen).nan_to_num(0.0),
+    "the mask is inverted, so that some rows see nothing": lambda score, seen: weigh(score, ~seen),
+    "each head gets the mask of a row: scores are [B, H, T, C], so write visible_BTC[:, None]":
+        lambda score, seen: weigh(score, seen.transpose(0, 1)),
+    "all rows get the mask of the first row": lambda score, seen: weigh(score, seen[:1]),
+    "a True added to a score hides nothing: put −inf where visible_BTC is False":
+        lambda score, seen: (score + seen).softmax(3),
+    "0 · (−∞) is NaN: put −inf there with masked_fill": lambda score, seen: score * math.nan,
+    "the mask must come before the softmax: your weights no longer sum to 1":
+        lambda score, seen: score.softmax(3) * seen,
+    "the softmax is missing": lambda score, seen: score.masked_fill(~seen, -math.inf),
+    "the softmax runs over the heads; it belongs over the keys, dim=3":
+        lambda score, seen: weigh(score, seen, axis=1),
+    "the softmax runs over the queries; it belongs over the keys, dim=3":
+        lambda score, seen: weigh(score, seen, axis=2)}
+WEIGHTS |= {f"a hidden score of {hidden} still gets a weight, e^{hidden}: use −inf":
+            lambda score, seen, hidden=hidden: weigh(score, seen, hidden)
+            for hidden in (0, -1, math.inf)}
+MISTAKES = {f"{PARTS} them as {', '.join(order)}": dict(
+    split=lambda qkv, order=order: split(qkv, order)) for order in itertools.permutations("qkv")}
+MISTAKES |= {
+    f"{PARTS} q, k, v head by head": dict(
+        split=lambda qkv: qkv.unflatten(2, (2, 12)).transpose(1, 2).split(4, 3)),
+    f"{PARTS} every third number": dict(
+        split=lambda qkv: split(qkv.unflatten(2, (8, 3)).transpose(2, 3).flatten(2))),
+    ONE: dict(split=single), f"{ONE}; and √K": dict(split=single, root=8 ** 0.5),
+    CUT: dict(split=cut), WOVEN: dict(split=woven),
+    f"{CUT}; likewise back": dict(split=cut, join=lambda y: y.reshape(2, -1, 8)),
+    f"{WOVEN}, nor back": dict(split=woven, join=lambda y: y.permute(0, 2, 3, 1).flatten(2)),
+    MIXED: dict(join=lambda y: y.reshape(2, -1, 8)),
+    f"{MIXED}, not (2, 3)": dict(join=lambda y: y.transpose(2, 3).reshape(2, -1, 8))}
+MISTAKES |= {words: dict(weigh=rule) for words, rule in WEIGHTS.items()}
+MISTAKES |= {f"the scores are {words}; divide by √K, K = D/H": dict(root=root) for words, root in (
+    ("not divided by √K", 1), ("divided by K, not by √K", 4), ("multiplied by √K", 0.5),
+    ("divided by √D", 8 ** 0.5), ("divided by √H", 2 ** 0.5))}
 
-    def __len__(self):
-        return 0  # as a KVCache has that is given for the first time: `if cache:` is false
 
-    def extend(self, layer, k_BHTK, v_BHTK):
-        self.calls.append((layer, k_BHTK, v_BHTK))
-        return torch.cat([self.old[0], k_BHTK], 2), torch.cat([self.old[1], v_BHTK], 2)
-
-
-def check_attention(m, visible_BTC, cache=None):
+def check_attention(m, visible_BTC):
     module, x_BTD = attention(m), table(dice("x"), 2, visible_BTC.shape[1], 8)
-    try:
-        got = module(x_BTD, visible_BTC, cache, 3)
-    except RuntimeError:
-        require(cache is None or cache.calls, "cache.extend is never called, so the old keys and "
-                "values are missing (an empty cache is false: write `is not None`)")
-        raise
-    T, C = visible_BTC.shape[1:]
-    by_hand = lambda mask=visible_BTC, **how: attend(module, x_BTD, mask, **{
-        "old": None if cache is None else cache.old, **how})
-    mistakes = {
-        "visible_BTC is ignored, so every token sees all: where it is False the score is −inf":
-            by_hand(torch.ones_like(visible_BTC)),
-        "visible_BTC is ignored, and a causal mask taken instead: use the mask that is given":
-            by_hand(torch.ones_like(visible_BTC).tril(C - T)),
-        "the mask is inverted: True means that a token may be seen":
-            by_hand(~visible_BTC, blind=0.0),
-        "the mask is inverted (True means visible), so that some rows see nothing":
-            by_hand(~visible_BTC),
-        "the scores are not divided by √K": by_hand(root=1),
-        "the scores are divided by √D; a head has K = D/H numbers: √K": by_hand(root=8 ** 0.5),
-        "the scores are divided by K, not by √K": by_hand(root=4),
-        "the mask must come before the softmax: your weights no longer sum to 1":
-            by_hand(after=True),
-        "a hidden score of 0 still gets a weight, e^0: use −inf": by_hand(hidden=0.0),
-        "the softmax runs over the queries; it belongs over the keys, dim=3": by_hand(axis=2),
-        "the heads are mixed up: transpose back to [B, T, H, K] before the reshape":
-            by_hand(mix=True),
-        "c_proj is missing at the end": by_hand(project=False)}
-    mistakes |= {f"the three parts of c_attn(x) are q, k, v in this order; you took them as "
-                 f"{', '.join(order)}": by_hand(order=order) for order in ("kqv", "vkq", "qvk")}
-    if cache is not None:
-        mistakes["the keys and values that cache.extend returns are not used"] = attend(
-            module, x_BTD, visible_BTC[:, :, 3:])
-    expect(got, by_hand(), mistakes, "the output")
+    by_hand = lambda **how: attend(module, x_BTD, visible_BTC, **how)
+    right, (weight, bias) = by_hand(), (module.c_proj.weight, module.c_proj.bias)
+    expect(module(x_BTD, visible_BTC), right, {
+        "c_proj is missing at the end": torch.linalg.solve(weight, (right - bias).mT).mT,
+        "x is added; that is done in Block": right + x_BTD,
+        **{words: by_hand(**how) for words, how in MISTAKES.items()}}, "the output")
 
 
 def staircase(T, C):
@@ -148,26 +163,53 @@ def what_is_not_visible_has_no_weight(m):
     visible_BTC = table(dice("visible"), 2, 4, 4) > 0
     visible_BTC |= torch.eye(4, dtype=torch.bool)
     visible_BTC[:, 2, 0], visible_BTC[:, 0, 2] = False, True  # never just the causal one
+    visible_BTC[0, 3, 1], visible_BTC[1, 3, 1] = False, True  # nor one for all rows
     check_attention(m, visible_BTC)
+
+
+class PlainCache:
+    """Stands for a KVCache that holds three tokens, and checks what `extend` is given."""
+    def __init__(self, k_BHTK, v_BHTK):
+        self.new, self.layers = (k_BHTK, v_BHTK), []
+        self.old = table(dice("k"), 2, 2, 3, 4), table(dice("v"), 2, 2, 3, 4)
+
+    def __len__(self):
+        return 0  # as a KVCache has that is given for the first time: `if cache:` is false
+
+    def extend(self, layer, k_BHTK, v_BHTK):
+        self.layers.append(layer)
+        for got, right, other, name in ((k_BHTK, *self.new, "k"), (v_BHTK, *self.new[::-1], "v")):
+            expect(got, right, {"cache.extend is given k and v in the wrong order": other},
+                   f"the {name} that cache.extend is given, [B, H, T, K],")
+        return tuple(torch.cat([old, new], 2) for old, new in zip(self.old, (k_BHTK, v_BHTK)))
 
 
 @claim("model.py", "Attention.forward")
 def keys_and_values_read_before_count_too(m):
-    cache = PlainCache()
-    check_attention(m, staircase(2, 5), cache)
-    require(len(cache.calls) == 1, f"cache.extend is called {len(cache.calls)} times, not once")
-    layer, k, v = cache.calls[0]
-    require(layer == 3, f"cache.extend is given layer {layer!r}, expected 3, the one passed in")
-    for part, name in ((k, "k"), (v, "v")):
-        require(list(part.shape) == [2, 2, 2, 4], f"cache.extend is given {name} of shape "
-                f"{list(part.shape)}, expected [B, H, T, K] = [2, 2, 2, 4]")
+    module, x_BTD, visible_BTC = attention(m), table(dice("x"), 2, 2, 8), staircase(2, 5)
+    cache = PlainCache(*split(module.c_attn(x_BTD))[1:])
+    try:
+        got = module(x_BTD, visible_BTC, cache, 3)
+    except RuntimeError as error:
+        require(cache.layers or "size" not in str(error), "cache.extend is never called, so the "
+                "old keys and values are missing (an empty cache is false: write `is not None`)")
+        raise
+    expect(got, attend(module, x_BTD, visible_BTC, cache.old), {
+        "the keys and values that cache.extend returns are not used":
+            attend(module, x_BTD, visible_BTC[:, :, 3:])}, "with a cache the output")
+    require(cache.layers == [3], f"cache.extend is called with the layers {cache.layers}, expected "
+            f"one call, with the layer passed in, 3")
 
 
 @claim("model.py", "Attention.forward")
 def a_gradient_reaches_both_linear_maps(m):
-    module = attention(m)
-    out = module(table(dice("x"), 2, 3, 8), staircase(3, 3))
-    require_gradient(out.square(), module.c_attn.weight, module.c_proj.weight)
+    module, x_BTD, visible_BTC = attention(m), table(dice("x"), 2, 3, 8), staircase(3, 3)
+    both = module.c_attn.weight, module.c_proj.weight
+    got, right = module(x_BTD, visible_BTC), attend(module, x_BTD, visible_BTC)
+    found = require_gradient(got.square() if torch.is_tensor(got) else got, *both)
+    if alike(plain(got), plain(right)):
+        expect(found[0], gradients(right.square(), *both)[0], what="a part of the way was detached "
+               "(the softmax, say): the gradient of c_attn")
 
 
 # --- next_tokens ---------------------------------------------------------------------------------
@@ -176,14 +218,25 @@ LOGITS = [1.5, 0.0, -1.0, 0.7, -0.4]
 DRAWS = 20_000
 
 
+def next_tokens(m, logits_BV, **how):
+    try:
+        tokens = m.next_tokens(logits_BV, **how)
+    except RuntimeError as error:
+        require("probability tensor" not in str(error), "torch.multinomial was given numbers that "
+                "are no probabilities: the softmax comes first, along each row (dim=1)")
+        raise
+    plain(tokens)
+    shape = [len(logits_BV)]
+    require(list(tokens.shape) == shape,
+            f"one token for each row is expected, shape {shape}; yours is {list(tokens.shape)}")
+    require(not tokens.is_floating_point(), f"tokens are whole numbers; yours are {tokens.dtype}")
+    return tokens.tolist()
+
+
 def draw(m, n=DRAWS, seed=1, logits=LOGITS, **how):
     """n tokens drawn from equal rows, as numbers."""
     rng = torch.Generator().manual_seed(seed + dice("draws").randrange(10**6))
-    tokens = m.next_tokens(torch.tensor([logits]).repeat(n, 1), generator=rng, **how)
-    plain(tokens)
-    require(list(tokens.shape) == [n],
-            f"one token for each row is expected, shape [{n}]; yours is {list(tokens.shape)}")
-    return tokens.tolist()
+    return next_tokens(m, torch.tensor([logits]).repeat(n, 1), generator=rng, **how)
 
 
 def check_frequencies(m, right, mistakes=(), **how):
@@ -192,8 +245,10 @@ def check_frequencies(m, right, mistakes=(), **how):
     share = [tokens.count(v) / DRAWS for v in range(len(right))]
     apart = lambda p: sum(abs(a - b) for a, b in zip(share, p)) / 2
     mistakes = dict(mistakes) | {
-        "this is always the likeliest token: greedy, not a sample": [1.0, 0, 0, 0, 0],
-        "all tokens are equally likely: the logits are ignored": [0.2] * 5,
+        "this is always the likeliest token: greedy, or one number drawn for all rows":
+            [1.0, 0, 0, 0, 0],
+        "all tokens are equally likely: the logits are ignored, or the softmax runs over the rows":
+            [0.2] * 5,
         "softmax was applied twice": softmax(right)}
     if apart(right) > 0.02:
         rare = any(s == 0 < p for s, p in zip(share, right))
@@ -224,7 +279,7 @@ def temperature_divides_the_logits_and_zero_is_greedy(m):
                 softmax(LOGITS)}, temperature=temperature)
     rows = table(dice("greedy"), 6, 5)
     try:
-        got = m.next_tokens(rows, temperature=0)
+        got = next_tokens(m, rows, temperature=0)
     except (ZeroDivisionError, RuntimeError) as error:
         raise Broken(f"temperature 0 ends in {type(error).__name__}: do not divide by it, take the "
                      f"likeliest token") from None
@@ -240,6 +295,9 @@ def top_k_keeps_the_k_likeliest(m):
     check_frequencies(m, keep((0, 3)), {
         "top_k changes nothing": p, "top_k keeps the unlikeliest tokens": keep((2, 4)),
         "top_k keeps one token too many": keep((0, 1, 3)),
+        "top_k keeps one token too few": keep((0,)),
+        "these are places among the k likeliest; the tokens themselves are asked for":
+            [*sorted(softmax([1.5, 0.7]))[::-1], 0, 0, 0],
         "tokens beyond the k likeliest keep a logit of 0; it must be −inf":
             softmax([1.5, 0, 0, 0.7, 0])}, top_k=2)
     try:
@@ -247,6 +305,9 @@ def top_k_keeps_the_k_likeliest(m):
     except (RuntimeError, IndexError) as error:
         raise Broken(f"a top_k larger than the vocabulary keeps all of it; yours ends in "
                      f"{type(error).__name__}") from None
+    rows = table(dice("rows of top_k"), 6, 5)
+    expect(next_tokens(m, rows, top_k=1), rows.argmax(1), what="each row has its own k likeliest: "
+           "with top_k=1 the token")
 
 
 @claim("sample.py", "next_tokens")
@@ -262,4 +323,6 @@ def impossible_tokens_never_come_and_rows_are_independent(m):
     require(one != other, "another seed gives the same tokens: draw from `generator`")
     require(torch.equal(before, torch.random.get_rng_state()),
             "torch's global generator was used: pass `generator` on")
-    expect(m.next_tokens(torch.eye(5)[[3, 1, 4]] * 90), [3, 1, 4], what="a near-certain token")
+    expect(next_tokens(m, torch.eye(5)[[3, 1, 4]] * 90), [3, 1, 4], {
+        "all rows are drawn from the first one's logits": [3] * 3}, "a near-certain token")
+    draw(m, n=1)

@@ -9,6 +9,7 @@ import torch
 
 from classroom.checks import (Broken, claim, dice, expect, plain, require, require_gradient, shares,
                               table)
+from classroom.claims_loss import spin_loss_alone
 
 # --- sft_loss ------------------------------------------------------------------------------------
 
@@ -26,6 +27,11 @@ def check_sft(m, P=3, N=4):
     expect(got, right, {
         "the shares are not used: this is the mean over responses": -x.mean(1),
         "the shares are not used: this is the sum over responses": -x.sum(1),
+        "the shares are not used: this is the sum over the set's responses":
+            -((real > 0) * x).sum(1),
+        "the shares are not used: this is the mean over the set's responses":
+            -((real > 0) * x).sum(1) / (real > 0).sum(1),
+        "log p_t is subtracted; SFT knows no opponent": right + (real * opponent.log()).sum(1),
         "you divide by the number of responses; the shares sum to 1 already": right / N,
         "the mask is inverted: what is not in the SFT set is learned":
             -((real == 0) * x).sum(1),
@@ -256,7 +262,7 @@ def responses_depend_on_seed_and_iteration_alone(m):
 
 def play(m, opponent="previous", method="spin", iters=3):
     """Run main with toys; returns its plays (opponent, t) and its fits, SFT left out."""
-    plays, fits, saved = [], [], {}
+    plays, fits, saved, made = [], [], {}, []
 
     class Policy(str):
         def to(self, device):
@@ -264,8 +270,9 @@ def play(m, opponent="previous", method="spin", iters=3):
 
     def fit(policy, objective, responses, t, run):
         fits.append(SimpleNamespace(policy=policy, objective=objective, responses=responses, t=t))
-        saved[t] = Policy(f"p_{t}")
-        return saved[t]
+        saved[t] = f"p_{t}"
+        made.append(Policy(saved[t]))  # another object than that of run.policy
+        return made[-1]
 
     def self_play(opponent, t, run):
         plays.append((opponent, t))
@@ -283,6 +290,8 @@ def play(m, opponent="previous", method="spin", iters=3):
     require(plays, "self_play is never called: the opponent must respond in each iteration")
     require(len(plays) == iters == len(fits) - 1, f"for {iters} iterations self_play is called "
             f"{len(plays)} times and fit {len(fits) - 1} times; each once in an iteration")
+    require(fits[-1].policy is not made[0], "what fit returns is dropped, so the policy is never "
+            "renewed: policy = fit(…)")
     return plays, fits[1:]
 
 
@@ -296,9 +305,17 @@ def each_iteration_generates_then_trains(m):
             f"p_t is p_{{t+1}}")
 
 
+def opponents(m):
+    """The opponents of config.opponent "previous" and "sft"."""
+    found = [[opponent for opponent, _ in play(m, way)[0]] for way in ("previous", "sft")]
+    require(found != [["p_0"] * 3, ["p_0", "p_1", "p_2"]], 'config.opponent "previous" and "sft" '
+            'are exchanged: it is "previous" that renews the opponent')
+    return found
+
+
 @claim("train.py", "main")
 def opponent_is_renewed_between_iterations(m):
-    whom = [opponent for opponent, _ in play(m)[0]]
+    whom, _ = opponents(m)
     for t, opponent in enumerate(whom):
         late = f"p_{max(0, t - 1)}"
         require(opponent == f"p_{t}", f"in iteration t = {t} the opponent is " + (
@@ -313,13 +330,12 @@ def the_player_goes_on_from_p_t(m):
         starts = [fit.policy for fit in play(m, opponent)[1]]
         require(starts == ["p_0", "p_1", "p_2"], f"training starts from {', '.join(starts)}, "
                 f"expected p_0, p_1, p_2" + (
-                    ": it starts from the SFT model again, or what fit returns is dropped"
-                    if set(starts) == {"p_0"} else ""))
+                    ": it starts from the SFT model again" if set(starts) == {"p_0"} else ""))
 
 
 @claim("train.py", "main")
 def opponent_sft_keeps_p_0(m):
-    whom = [opponent for opponent, _ in play(m, "sft")[0]]
+    _, whom = opponents(m)
     require(set(whom) == {"p_0"}, f'with config.opponent "sft" the opponents are '
             f"{', '.join(whom)}; it should be p_0, run.policy(0), in each iteration")
 
@@ -328,6 +344,8 @@ def opponent_sft_keeps_p_0(m):
 def fit_gets_this_iterations_responses_and_the_methods_objective(m):
     for method, objective in (("spin", "the SPIN loss"), ("sft", "the SFT loss")):
         for t, fit in enumerate(play(m, method=method)[1]):
+            require(not str(fit.objective).startswith("responses"), "fit is given objective and "
+                    "responses in the wrong order")
             require(fit.responses == f"responses {t}", f"fit of iteration t = {t} does not get the "
                     f"responses that self_play made in it")
             require(fit.objective == objective, "fit should get OBJECTIVES[config.method]")
@@ -379,6 +397,8 @@ def grown(m, prompt, responses):
     for row in m.grow(list(prompt), list(responses)):
         require(isinstance(row, tuple) and len(row) == 2, "each row is a pair (places, steps)")
         places, steps = (np.asarray(x).tolist() for x in row)
+        require(set(map(len, places + steps)) == {3}, "a place is (token, position, end), a step "
+                "(place, target, response)")
         path, read = [], []
         for place, (token, position, _) in enumerate(places):
             require(0 <= position <= len(path), f"place {place} has position {position} after a "
@@ -392,6 +412,13 @@ def grown(m, prompt, responses):
     return found
 
 
+def one_row(m, prompt, responses):
+    rows = grown(m, prompt, responses)
+    require(len(rows) == 1, f"{len(responses)} short responses make {len(rows)} rows; a new row "
+            f"begins where one gets too wide")
+    return rows[0]
+
+
 def some(tokens):
     return " ".join(map(str, tokens))
 
@@ -400,7 +427,7 @@ def some(tokens):
 def every_prefix_is_read_once(m):
     """A place for each token of the prompt and for each prefix that something follows."""
     for prompt, responses in cases():
-        (_, _, read), = grown(m, prompt, responses)
+        _, _, read = one_row(m, prompt, responses)
         wanted = {tuple(prompt[:n + 1]) for n in range(len(prompt))}
         wanted |= {(*prompt, *y[:k]) for y in responses for k in range(1, len(y))}
         twice = [x for x, n in Counter(read).items() if n > 1]
@@ -418,7 +445,7 @@ def every_prefix_is_read_once(m):
 @claim("data/responses.py", "grow")
 def the_steps_spell_each_response_and_its_place_has_read_what_stands_before(m):
     for prompt, responses in cases():
-        (_, steps, read), = grown(m, prompt, responses)
+        _, steps, read = one_row(m, prompt, responses)
         for number, y in enumerate(responses):
             own = [(place, target) for place, target, whose in steps if whose == number]
             spelt = tuple(target for _, target in own)
@@ -438,7 +465,7 @@ def the_steps_spell_each_response_and_its_place_has_read_what_stands_before(m):
 @claim("data/responses.py", "grow")
 def the_end_is_the_first_place_after_the_subtree(m):
     for prompt, responses in cases():
-        (places, _, _), = grown(m, prompt, responses)
+        places, _, _ = one_row(m, prompt, responses)
         depth = [position for _, position, _ in places]
         for i, (_, _, end) in enumerate(places):
             right = next((j for j in range(i + 1, len(depth)) if depth[j] <= depth[i]), len(depth))
@@ -507,6 +534,17 @@ def opponent_scores_every_response_and_weighs_them(m):
 # --- known_shares --------------------------------------------------------------------------------
 
 
+def weights(m, real, sampled, opponent, n):
+    """What known_shares gives, as an array; opponent are probabilities."""
+    got = np.asarray(m.known_shares(np.array(real, float), np.array(sampled), np.log(opponent), n))
+    require(got.shape == (len(real),), f"the result has shape {list(got.shape)}, expected "
+            f"[{len(real)}]: one weight for each response")
+    require(np.isfinite(got).all(), f"the weights are {got}: 0/0; take care of nothing known, of "
+            f"nothing else sampled, and of known = 1, whose limit is 1/n")
+    require(abs(got.sum() - 1) < 1e-6, f"the weights sum to {got.sum():.4f}, expected 1")
+    return got
+
+
 def check_shares(m, opponent, real, n):
     """The mean over all samplings of n responses must be p_t, and each result sum to 1."""
     right, K = [float(x) for x in opponent], len(opponent)
@@ -514,9 +552,7 @@ def check_shares(m, opponent, real, n):
     for drawn in itertools.product(range(K), repeat=n):
         chance = math.prod(right[y] for y in drawn)
         sampled = np.bincount(drawn, minlength=K) / n
-        got = np.asarray(m.known_shares(np.array(real, float), sampled, np.log(opponent), n))
-        require(got.shape == (K,), f"the result has shape {got.shape}, expected ({K},)")
-        require(abs(got.sum() - 1) < 1e-6, f"the weights sum to {got.sum():.4f}, expected 1")
+        got = weights(m, real, sampled, opponent, n)
         others = [y for y in range(K) if not real[y] and sampled[y] == 0]
         require(not got[others].any(), "a response that is neither real nor sampled has a weight")
         mean += chance * got
@@ -539,8 +575,7 @@ def known_shares_keep_the_expectation(m):
 
 @claim("data/responses.py", "known_shares")
 def real_responses_are_weighed_by_p_t_not_by_counts(m):
-    opponent, real = np.log([0.5, 0.1, 0.2]), np.array([0.3, 0.7, 0])
-    got = m.known_shares(real, np.array([0.25, 0.25, 0.5]), opponent, 4)
+    got = weights(m, [0.3, 0.7, 0], [0.25, 0.25, 0.5], [0.5, 0.1, 0.2], 4)
     require(abs(got[0] - 0.25) > 1e-3, "these are the counts: real responses are weighed by p_t")
     require(abs(got[0] / max(got[1], 1e-9) - 5) < 1e-6,
             f"two real responses with p_t = 0.5 and 0.1 are weighed {got[0]:.3f} and {got[1]:.3f}; "
@@ -549,14 +584,12 @@ def real_responses_are_weighed_by_p_t_not_by_counts(m):
 
 @claim("data/responses.py", "known_shares")
 def nothing_known_or_nothing_else_sampled(m):
-    one = m.known_shares(np.array([0.5, 0.5, 0]), np.array([1.0, 0, 0]), np.log([0.3, 0.1, 0.6]), 5)
-    expect(np.asarray(one).tolist(), [0.75, 0.25, 0], {"the weights do not sum to 1":
-           [0.3, 0.1, 0]}, "with real responses only among the samples the weights")
-    none = m.known_shares(np.zeros(2), np.array([0.25, 0.75]), np.log([0.5, 0.5]), 4)
-    expect(np.asarray(none).tolist(), [0.25, 0.75], what="without real responses the weights")
-    sure = m.known_shares(np.array([1.0, 0]), np.array([0.5, 0.5]), np.log([1.0, 1e-30]), 2)
-    require(np.isfinite(sure).all() and abs(sum(sure) - 1) < 1e-6, f"with p_t = 1 for the real "
-            f"response the weights are {sure}: 0/0; its limit is 1/n")
+    one = weights(m, [0.5, 0.5, 0], [1.0, 0, 0], [0.3, 0.1, 0.6], 5)
+    expect(one.tolist(), [0.75, 0.25, 0],
+           what="with real responses only among the samples the weights")
+    none = weights(m, [0, 0], [0.25, 0.75], [0.5, 0.5], 4)
+    expect(none.tolist(), [0.25, 0.75], what="without real responses the weights")
+    weights(m, [1.0, 0], [0.5, 0.5], [1.0, 1e-30], 2)
 
 
 # --- variants ------------------------------------------------------------------------------------
@@ -574,20 +607,25 @@ def play_with_history(m, t):
     m.sample_responses = sample_responses
     m.self_play_responses = lambda world, samples, opponent, config: (samples, opponent)
     run = SimpleNamespace(world="world", config="config", policy=lambda t: f"p_{t}")
-    return calls, m.self_play_with_history(f"p_{t}", t, run)
+    got = m.self_play_with_history(f"p_{t}", t, run)
+    require(isinstance(got, tuple), "what self_play_responses gives is to be returned")
+    return calls, got
 
 
 @claim(VARIANTS, "self_play_with_history")
 def both_iterations_count_from_the_second_on(m):
-    calls, (samples, _) = play_with_history(m, 0)
+    calls, _ = play_with_history(m, 0)
     require(calls == [("p_0", 0)], f"in iteration 0 there is nothing before; you sample {calls}")
-    calls, (samples, _) = play_with_history(m, 2)
-    require(("p_2", 2) in calls, "the responses of p_t itself are missing")
-    require(len(calls) == 2, "the responses of the iteration before are missing")
-    require(("p_1", 1) in calls, f"the responses of the iteration before are those of p_1, with "
-            f"its t = 1: the same as then; you sample {calls}")
-    right = [Counter({(2, 9): 3, (1, 9): 3, (5, 9): 2}), Counter({(2, 9): 4, (1, 9): 4})]
-    require(samples == right, "the counts of both iterations should be added, prompt by prompt")
+    for t in (2, 1):
+        calls, (samples, _) = play_with_history(m, t)
+        require((f"p_{t}", t) in calls, "the responses of p_t itself are missing")
+        require(len(calls) > 1, "the responses of the iteration before are missing")
+        require((f"p_{t - 1}", t - 1) in calls, f"the responses of the iteration before are those "
+                f"of p_{t - 1}, with its t = {t - 1}: the same as then; you sample {calls}")
+        require(len(calls) == 2, f"two iterations count, the others no more; you sample {calls}")
+        right = [Counter({(t, 9): 3, (t - 1, 9): 3, (5, 9): 2}),
+                 Counter({(t, 9): 4, (t - 1, 9): 4})]
+        require(samples == right, "the counts of both iterations should be added, prompt by prompt")
 
 
 @claim(VARIANTS, "self_play_with_history")
@@ -600,13 +638,15 @@ def all_responses_are_scored_by_the_opponent_of_this_iteration(m):
 
 @claim(VARIANTS, "sampled_pair_loss")
 def its_mean_is_the_loss_over_all_pairs(m):
+    spin_loss_alone(m)
     rng = dice("sampled pairs")
     player, opponent = table(rng, 2, 3, low=-4, high=-1), table(rng, 2, 3, low=-4, high=-1)
     real, generated, ratio = shares(rng, 2, 3), shares(rng, 2, 3), player - opponent
     torch.manual_seed(0)
     got = m.sampled_pair_loss(player, opponent, real, generated, 0.5, "exponential", n=40_000)
-    of = lambda a, b, s=ratio: (a[:, :, None] * b[:, None, :] * (
-        -0.5 * (ratio[:, :, None] - s[:, None, :])).exp()).sum((1, 2))
+    of = lambda a, b, r=ratio, lam=0.5, loss="exponential": (
+        a[:, :, None] * b[:, None, :] * m.spin_loss(
+            r[:, :, None], r[:, None, :], 0.0, 0.0, lam, loss)).sum((1, 2))
     close = lambda value: value.shape == got.shape and bool(
         (got - value).abs().max() < 0.02 * float(value.mean()))
     plain(got)
@@ -617,6 +657,11 @@ def its_mean_is_the_loss_over_all_pairs(m):
                          "y' is drawn without its weight": of(real, even),
                          "y' is always the same response as y: draw it by its own weight":
                              torch.ones(2).double(),
+                         "the opponent is left out": of(real, generated, player),
+                         "λ is missing": of(real, generated, lam=1.0),
+                         "`loss` is not passed on": of(real, generated, loss="logistic"),
+                         "this is the sum over the pairs, not their mean":
+                             of(real, generated) * 40_000,
                          "y' comes from real_PN": of(real, real)}.items():
         require(close(of(real, generated)) or not close(wrong), words)
     require(close(of(real, generated)), f"the mean of 40,000 pairs is {plain(got)}, expected "
@@ -625,10 +670,11 @@ def its_mean_is_the_loss_over_all_pairs(m):
 
 @claim(VARIANTS, "sampled_pair_loss")
 def it_draws_n_pairs_anew_and_passes_the_gradient(m):
+    spin_loss_alone(m)
     rng = dice("few pairs")
     player, even = table(rng, 1, 50, low=-4, grad=True), torch.full((1, 50), 0.02).double()
     args = player, table(rng, 1, 50, low=-4), even, even, 1.0
-    values = {float(m.sampled_pair_loss(*args, n=3)) for _ in range(8)}
+    values = {str(plain(m.sampled_pair_loss(*args, n=3))) for _ in range(8)}
     require(len(values) == 8, "each call draws new pairs; yours gives equal values twice")
     gradient, = require_gradient(m.sampled_pair_loss(*args, n=3), player)
     count = int((gradient != 0).sum())

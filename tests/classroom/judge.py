@@ -10,7 +10,9 @@ starts it.
 """
 import ast
 import json
+import linecache
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -89,8 +91,9 @@ def module_with(attempt, exercise, reference):
         if statement is not None and statement not in used:
             used.append(statement)
             queue |= names_in([statement])
-    run = lambda body, into: exec(compile(ast.Module(body, []), f"your {file}", "exec"),
-                                  vars(module), into)
+    name = f"your {file}"
+    linecache.cache[name] = len(attempt), None, attempt.splitlines(True), name  # for `describe`
+    run = lambda body, into: exec(compile(ast.Module(body, []), name, "exec"), vars(module), into)
     run([s for s in tree.body if s in used], vars(module))
     made = {}
     run([*methods, node], made)
@@ -112,15 +115,25 @@ def try_claims(claims, make, tell):
 
 def describe(error) -> str:
     """One line: the claim's own diagnosis, or where the attempt failed and with what."""
-    message = " ".join(str(error).split())[:240]
+    message = re.sub(r"\S*<locals>\.", "", " ".join(str(error).split()))[:240]
     if type(error).__name__ == "Broken":
         return message
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename.startswith("your ")]
-    where = f" ({own[-1].filename[5:]}, line {own[-1].lineno})" if own else ""
+    frames, where = list(traceback.walk_tb(error.__traceback__)), ""
+    for frame, number in frames:
+        if (name := frame.f_code.co_filename).startswith("your "):  # the last one counts
+            where = f" ({name[5:]}, line {number}{shapes(frame, linecache.getline(name, number))})"
     if isinstance(error, NotImplementedError) and message.startswith("exercise "):
-        return f"your function needs {frames[-1].name}, which is empty here: {message}{where}"
+        needed = frames[-1][0].f_code.co_name
+        return f"your function needs {needed}, which is empty here: {message}{where}"
     return f"{type(error).__name__}{': ' * bool(message)}{message}{where}"
+
+
+def shapes(frame, line) -> str:
+    """": q [2, 3], k [3, 2]" for the tensors that a line names, else nothing."""
+    values = {name: frame.f_locals.get(name) for name in re.findall(r"\w+", line)}
+    found = [f"{name} {list(value.shape)}" for name, value in values.items()
+             if type(value).__name__ in ("Tensor", "ndarray")]
+    return f": {', '.join(found)}" if found else ""
 
 
 def limit_memory():
