@@ -189,7 +189,8 @@ def test_of_a_held_out_prompt_no_response_is_real_so_all_are_weighed_by_their_co
     """And of a train prompt those are weighed by p_t that are in the SFT set."""
     world, model = small_world(), tiny_gpt(vocab_size=512, block_size=40)
     right = [next(iter(data)) for data in world.data]  # "heads", which is not in the SFT set
-    samples = [Counter({right[0]: 2, (65, 66): 1, (67,): 1}), Counter({right[1]: 1, (70, 71): 3})]
+    samples = [Counter({right[0]: 2, (65, 66): 1, (67,): 1}),
+               Counter({right[1]: 1, (70, 71): 3})]
     found = weights(self_play_responses(world, samples, model, Config()))
     assert set(found) == {(p, y) for of in (world.data, samples) for p in (0, 1) for y in of[p]}
     for p, y, share in ((0, right[0], .5), (0, (65, 66), .25), (0, (67,), .25),

@@ -1,5 +1,7 @@
-"""sample.py's `expectation` and `main`. next_tokens is among the claims; `generate` is compared with
-a naive one in test_model_and_sampling.py."""
+"""sample.py's `expectation` and `main`.
+
+`next_tokens` is among the claims; test_model_and_sampling.py compares `generate` with a naive one.
+"""
 import math
 from collections import Counter
 
