@@ -1,4 +1,4 @@
-"""Shared by the tests: the repository root on sys.path, a tiny GPT, its oracles, known mistakes.
+"""Shared by the tests: the repository root on sys.path, a tiny GPT, and its oracles.
 
 `gpt2_by_hand` is the model written once more as plain functions. On it stand `logp_by_hand`, which
 reads the whole prefix anew for every token (no cache, no batch, no padding), and
@@ -86,32 +86,3 @@ def exact_probabilities(model, prompt, longest, end, temperature=1.0, top_k=None
                 math.exp(v / temperature) for v in allowed)
         exact[tuple(y)] = p
     return exact
-
-
-def known_mistake(got, mistakes: dict, tolerance=1e-4) -> str:
-    """": you …" where `got` is the wrong value that a well-known mistake gives, else nothing.
-
-    >>> known_mistake(0.5, {"you averaged": 0.5, "you forgot END": 1.5})
-    ': you averaged'
-    """
-    got = torch.as_tensor(got, dtype=torch.float64)
-    for words, wrong in mistakes.items():
-        wrong = torch.as_tensor(wrong, dtype=torch.float64)
-        if wrong.shape == got.shape and torch.allclose(got, wrong, rtol=tolerance, atol=tolerance):
-            return f": {words}"
-    return ""
-
-
-def lbfgs(loss_of, start_K):
-    """Minimise a loss of a table's logits; returns (log-probs at the minimum, the loss there)."""
-    logits_K = start_K.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits_K], max_iter=1000, tolerance_grad=1e-13,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss_of(logits_K)
-        value.backward()
-        return value
-    optimizer.step(closure)
-    return logits_K.detach().log_softmax(0), loss_of(logits_K).item()

@@ -1,14 +1,16 @@
 """The benchmarks: each still runs, on tiny sizes, and measures what it says."""
-import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import fused, gpu, growth, measure, peers, step
-from data.responses import response_logps
+import train
+from bench import fused, gpu, growth, peers, step
+from data.responses import response_logps, sft_responses
+from data.run.options import prepare
 from pretend_gpu import PretendGPU
+from processes import without_figures
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +22,7 @@ def stages():
 def light(monkeypatch):
     """Nothing is compiled and no picture is drawn: they would take longer than all the rest."""
     monkeypatch.setattr("spin_loss.compiled", lambda body, device: body)
-    for name in ("draw_convergence", "draw_gif"):
-        monkeypatch.setattr(f"data.run.folder.{name}", lambda *_: b"")
+    without_figures(monkeypatch)
 
 
 def table(capsys):
@@ -31,11 +32,6 @@ def table(capsys):
     return {first: others for first, *others in rows}
 
 
-def test_a_median_is_taken_without_the_first_round():
-    values = iter([100.0, 1.0, 3.0, 2.0])
-    assert measure.in_turns({"one": lambda: next(values)}, 3) == {"one": 2.0}
-
-
 def test_steps(stages, monkeypatch, capsys):
     monkeypatch.setattr(step, "stages", lambda *_, **__: stages)
     step.main(quick=True)
@@ -43,6 +39,20 @@ def test_steps(stages, monkeypatch, capsys):
     for name in ("SFT", "iteration 1"):
         tokens, places, ms, operations, waits = map(float, rows[name])
         assert 0 < tokens < 2 * places and ms > 0 and operations > 100 and waits == 1
+
+
+@pytest.mark.parametrize("t", [0, 1])
+def test_a_part_of_a_step_takes_about_200_operations(t):
+    """At the default sizes, in SFT and against a fresh model; a step reads a few parts."""
+    config = train.Config(device="cpu", sft_samples=64, negatives=2, batch_size=128)
+    world, _ = prepare(config)
+    policy, run = train.new_policy(world, config), SimpleNamespace(config=config, world=world)
+    responses = train.self_play(policy, 0, run) if t else sft_responses(world)
+    operations = step.step_operations(step.Stage(t, config, world, policy, responses))
+    third = train.prompt_batches(world.splits["train"], 3, config, t)[2]
+    parts = len(list(responses.parts(third)))
+    assert operations["aten::_fused_adam_"] == 1 and operations.total() > 100, "a whole step"
+    assert operations.total() <= 100 + 200 * parts, operations.most_common(12)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -55,19 +65,8 @@ def test_fused(monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.wait4")
 def test_growth(capsys):
-    growth.main(["responses 20"], quick=True)
-    assert all(float(x) > 0 for x in table(capsys)["responses 20"][1:])
-
-
-def test_cases_of_growth_are_as_large_as_they_say():
-    encoding = growth.load_encoding()
-    rows = growth.pairs(5, 50, 60)
-    lengths = [len(encoding.encode(row["prompt"] + row["response"])) for row in rows]
-    assert 45 < lengths[0] < lengths[-1] < 70
-    wide, other = growth.many_responses(7, prompts=2)
-    assert len(wide["responses"]) == 7 and len(other["responses"]) == 2
-    assert len({row["prompt"] for row in growth.numbered(600)}) == 600
-    json.dumps(wide)
+    growth.main(["length 60"], quick=True)
+    assert all(float(x) > 0 for x in table(capsys)["length 60"][1:])
 
 
 def test_without_a_gpu_it_says_so(capsys):

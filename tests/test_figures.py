@@ -10,7 +10,6 @@ from pathlib import Path
 import matplotlib
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -154,15 +153,6 @@ def test_d_shows_each_policy_and_where_the_theorem_puts_it():
         assert [s[0, 1] for s in segments] == pytest.approx([0.3, 0.7, 0])
         for bar, segment in zip(bars, segments):
             assert bar.get_x() < segment[0, 0] < segment[1, 0] < bar.get_x() + bar.get_width()
-
-
-def test_one_colour_has_one_meaning():
-    distance, loss, _, bars, _ = axes_of(rows_of_a_run())
-    theory = to_rgba(figures.THEORY)
-    assert all(tuple(mark.get_colors()[0]) == theory
-               for ax in (distance, loss, bars) for mark in ax.collections)
-    assert distance.lines[0].get_color() == loss.lines[0].get_color() == figures.TRAIN
-    assert bars.containers[0][0].get_facecolor() == to_rgba(figures.DATA)
 
 
 LONG = [{"prompt": "Name the longest word that you know, please.", "split": "train",

@@ -1,7 +1,7 @@
 """`train.py --device cuda` on a pretended GPU: no two devices meet, and Python seldom waits.
 
-The pretence is tests/pretend_gpu.py, which is tried here first; then each place in the code that
-names a device is changed, one at a time, and the rehearsal must fail.
+The pretence is tests/pretend_gpu.py: it must count every wait, and the rehearsal must fail when
+one of the places in the code that name a device is changed.
 """
 import copy
 import importlib
@@ -19,7 +19,8 @@ import torch
 import spin_loss
 import train
 from bench.step import QUICK, fit, stages
-from pretend_gpu import PretendGPU, on_gpu
+from pretend_gpu import PretendGPU
+from processes import without_figures
 from sample import SampleConfig, generate
 from sample import main as ask
 
@@ -28,28 +29,6 @@ FEW = QUICK | dict(n_embd=16, steps=3, sft_steps=3, reports=2, device="cuda")
 
 
 # --- the pretence --------------------------------------------------------------------------------
-
-def test_a_result_is_where_its_arguments_are():
-    with PretendGPU():
-        x = torch.ones(2, 3).to("cuda")
-        copy = x.cpu()
-        assert x.device.type == "cuda" and x.is_cuda and copy.device.type == "cpu"
-        for y in (x[0], x.T + 1, x @ x.T, x.new_zeros(2), torch.cat([x, x]), x * torch.tensor(2.0),
-                  torch.arange(3, device=x.device), torch.zeros_like(x), x.topk(2).values,
-                  torch.nn.Linear(3, 3).to("cuda")(x), torch.nn.Parameter(x)):
-            assert y.device.type == "cuda"
-        assert not on_gpu(torch.ones(2)) and not on_gpu(torch.zeros_like(x, device="cpu"))
-    assert x.device.type == "cpu"
-
-
-@pytest.mark.parametrize("mixed", [
-    lambda x, y: x + y, lambda x, y: torch.cat([x, y]), lambda x, y: x.index_select(0, y.long()),
-    lambda x, y: torch.ones(1, device="cuda").sum() * y, lambda x, y: x.numpy(),
-    lambda x, y: torch.rand(2, device="cuda", generator=torch.Generator())])
-def test_what_is_on_two_devices_cannot_meet(mixed):
-    with PretendGPU(), pytest.raises((RuntimeError, TypeError), match="cuda|device|generator"):
-        mixed(torch.ones(1).to("cuda"), torch.zeros(1))
-
 
 def test_every_way_to_wait_is_counted():
     mask = torch.tensor([True, False, True])
@@ -74,15 +53,9 @@ def test_every_way_to_wait_is_counted():
 
 # --- the rehearsal -------------------------------------------------------------------------------
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """They take longer than all the rest, and no tensor reaches them."""
-    for name in ("draw_convergence", "draw_gif"):
-        monkeypatch.setattr(f"data.run.folder.{name}", lambda *_: b"")
-
-
-def test_the_main_job_runs_and_goes_on(tmp_path, monkeypatch, no_pictures, capsys):
+def test_the_main_job_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     """SFT, two iterations, a run that is stopped within the second and resumed, sample.py."""
+    without_figures(monkeypatch)  # no tensor reaches them
     config, save = dict(out=str(tmp_path / "out"), **FEW), train.Run.save
 
     def stopped(run, t, rows, step, player, learner, finished):
@@ -101,7 +74,8 @@ def test_the_main_job_runs_and_goes_on(tmp_path, monkeypatch, no_pictures, capsy
     assert "p_2" in capsys.readouterr().out
 
 
-def test_own_pairs_train_there(tmp_path, no_pictures):
+def test_own_pairs_train_there(tmp_path, monkeypatch):
+    without_figures(monkeypatch)
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

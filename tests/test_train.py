@@ -6,7 +6,6 @@ Objectives, `fit`, `self_play` and the loop of `main` are among the claims.
 import itertools
 import json
 import math
-import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -123,12 +122,6 @@ def test_config_json_holds_the_whole_configuration_and_versions(run):
     assert set(whole["versions"]) == {"python", "torch", "tiktoken"}
 
 
-def test_policies_load_with_weights_only(run):
-    for t in range(3):
-        saved = torch.load(Path(run[0].out) / f"iteration_{t}.pt", weights_only=True)
-        assert {"model", "config"} <= saved.keys() and saved["config"]["n_embd"] == 32
-
-
 # ---- Batches and seeds --------------------------------------------------------------------------
 
 def test_no_step_takes_a_prompt_twice_and_all_come_equally_often():
@@ -162,10 +155,8 @@ def weights_after(folder, **change):
     main(config)
     for row in rows_of(config.out):
         assert math.isfinite(row["kl"]) and math.isfinite(row["loss"])
-        if row["loss_floor"] is not None:
-            assert row["loss"] > row["loss_floor"]
-            assert config.loss == "logistic" or not row["iteration"], "Lemma C.2 is about one loss"
-        if config.method == "sft" or config.anchor == "sft":
+        assert row["loss_floor"] is None or row["loss"] > row["loss_floor"]
+        if config.anchor == "sft":
             assert row["predicted_kl"] is None, "the theorem does not speak of this optimum"
     return torch.cat([p.flatten() for p in weights_of(config.out)[2].values()])
 
@@ -176,25 +167,12 @@ def plain_weights(tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", [
-    *({"loss": loss} for loss in LOSSES if loss != "logistic"), {"lam": 1.0}, {"anchor": "none"},
-    {"anchor": "sft"}, {"anchor_weight": 9.0}, {"shares": "sampled"}, {"opponent": "sft"},
-    {"max_grad_norm": 0.01}, {"heldout": 0.4}, {"seed": 1}], ids=str)
+    *({"loss": loss} for loss in LOSSES if loss != "logistic"), {"lam": 1.0}, {"method": "sft"},
+    {"anchor": "none"}, {"anchor": "sft"}, {"anchor_weight": 9.0}, {"shares": "sampled"},
+    {"opponent": "sft"}, {"max_grad_norm": 0.01}, {"heldout": 0.4}, {"seed": 1}], ids=str)
 def test_every_switch_runs_and_changes_the_result(tmp_path, change, plain_weights):
     difference = (weights_after(tmp_path, **change) - plain_weights).abs().max().item()
     assert difference > 1e-5, "the switch does nothing"
-
-
-def test_method_sft_goes_on_with_sft(tmp_path, plain_weights):
-    """Its floor is the entropy of p_data in every iteration, and never log 2."""
-    assert (weights_after(tmp_path, method="sft") - plain_weights).abs().max() > 1e-5
-    assert len({row["loss_floor"] for row in rows_of(tmp_path / "out")
-                if row["split"] == "train"}) == 1
-
-
-def test_fused_logps_train_to_the_same_weights(tmp_path, plain_weights, monkeypatch):
-    monkeypatch.setattr("spin_loss.compiled", lambda body, device: body)  # that takes seconds
-    fused = weights_after(tmp_path, logprob="fused")
-    assert (fused - plain_weights).abs().max() < 1e-4
 
 
 def test_plain_pairs_train_to_their_empirical_distribution(tmp_path):
@@ -234,13 +212,6 @@ def test_main_takes_numpys_numbers_and_paths_and_the_home_folder(tmp_path, monke
     whole = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert whole["lam"] == 2.0 and whole["data"] == str(tmp_path / "six.jsonl")
     assert weights_of(tmp_path / "run").keys() == {0}
-
-
-def test_theory_runs_from_the_root(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["theory", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("data.theory", run_name="__main__")
-    assert stop.value.code == 0 and "usage" in capsys.readouterr().out
 
 
 # ---- Before the work begins ---------------------------------------------------------------------

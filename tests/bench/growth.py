@@ -68,11 +68,8 @@ CASES = {
     "one prompt, 8000 responses": (lambda: many_responses(8000), "--sft-steps 5"),
     "2000 responses among 300 prompts": (lambda: many_responses(2000, prompts=300),
                                          "--sft-steps 5"),
-    **{f"prompts {n}": (lambda n=n: numbered(n), "") for n in (400, 2000, 10_000, 50_000)},
-    **{f"responses {n}": (lambda n=n: numbered(64), f"--negatives {n} --batch-size {32 * n}")
-       for n in (32, 128, 512, 2048)},
-    **{f"length {n}": (lambda n=n: pairs(64, n, n), f"--block-size {n + 20} --sft-steps 5")
-       for n in (100, 200, 400, 800)},
+    **{f"prompts {n}": (lambda n=n: numbered(n), "") for n in (400, 2000, 50_000)},
+    "responses 512": (lambda: numbered(64), "--negatives 512 --batch-size 16384"),
 }
 QUICK = {"prompts 20": (lambda: numbered(20), "--n-embd 8 --sft-steps 5"),
          "responses 20": (lambda: many_responses(20), "--n-embd 8 --sft-steps 5"),
