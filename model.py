@@ -28,7 +28,7 @@ class GPTConfig:
 
 
 def causal_mask(query_BT, key_BC):
-    """visible_BTC: True where a query may see a key. Both come as places in reading order.
+    """visible_BTC: True where a query may see a key. Both are given by their positions.
 
     >>> causal_mask(torch.tensor([[1, 2]]), torch.tensor([[0, 1, 2]]))
     tensor([[[ True,  True, False],
@@ -133,9 +133,9 @@ class GPT(nn.Module):
         """Read tokens_BT, after those in the cache if one is given; returns hidden_BTD after ln_f.
 
         Without position_BT and visible_BTC a row is one text: positions count from 0, and the mask
-        is causal, one for all rows (B = 1 there). So padding on the right may be any token: no
-        token before it sees it. Raises ValueError if the tokens do not fit block_size; position_BT,
-        if it is given, must be below block_size.
+        is causal. So padding on the right may be any token: no token before it sees it. Raises
+        ValueError if the tokens do not fit block_size; position_BT, if it is given, must be below
+        block_size.
         """
         T, past = tokens_BT.shape[1], 0 if cache is None else len(cache)
         key_1C = torch.arange(past + T, device=tokens_BT.device)[None]
@@ -143,9 +143,9 @@ class GPT(nn.Module):
             if past + T > self.config.block_size:
                 raise ValueError(f"{past + T} tokens do not fit the model's block_size of "
                                  f"{self.config.block_size}")
-            position_BT = key_1C[:, past:]
+            position_BT = key_1C[:, past:].expand_as(tokens_BT)
         if visible_BTC is None:
-            visible_BTC = causal_mask(key_1C[:, past:], key_1C)
+            visible_BTC = causal_mask(position_BT, key_1C)
         x_BTD = self.wte(tokens_BT) + self.wpe(position_BT)
         for layer, block in enumerate(self.h):
             x_BTD = block(x_BTD, visible_BTC, cache, layer)

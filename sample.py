@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError  # first: it makes one line of what goes wrong in the imports below
+from data import InputError  # first: a package that is missing below is then named in one line
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -139,7 +139,7 @@ def expectation(f, model, prompt, samples) -> tuple[float, float]:
 class SampleConfig:
     """What to ask; each field is a flag."""
     out: str = option("out", "folder of a run of train.py")
-    prompt: tuple = option((), "what to ask; may be repeated; the default is four of the world's")
+    prompt: tuple = option((), "what to ask; may be repeated; the default is four from the data")
     samples: int = option(1000, "responses sampled from each policy", 2, 10**7)
     show: int = option(8, "most frequent responses to list", 0)
     temperature: float = option(1.0, "1 is p_θ itself; 0 is greedy", 0, 1e6)
@@ -157,23 +157,24 @@ def main(args: SampleConfig):
     if not names:
         raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")
     policies = [load_policy(paths[name]) for name in names]
-    world = policies[0][2]
-    for prompt in args.prompt or list(world)[::max(1, len(world) // 4)][:4]:
-        found = [ask(*policy, prompt, args) for policy in policies]
-        print_answers(prompt, world.get(prompt, {}), names, found, args)
+    rows = policies[0][2]  # of the data: {prompt: its row}
+    rng = torch.Generator().manual_seed(args.seed)
+    for prompt in args.prompt or list(rows)[::max(1, len(rows) // 4)][:4]:
+        found = [ask(*policy, prompt, args, rng) for policy in policies]
+        print_answers(prompt, rows.get(prompt, {}), names, found, args)
 
 
-def ask(model, encoding, world, prompt, args):
+def ask(model, encoding, rows, prompt, args, rng):
     """How often a policy gives each (response as text, whether it ended), and its entropy."""
     x, end = frame(encoding, prompt, "")[0], encoding.encode_single_token(END)
     if len(x) > model.config.block_size:
         raise InputError(f"--prompt {prompt[:30]!r}: {len(x)} tokens, and the model reads "
                          f"{model.config.block_size}; shorten it")
     longest = args.max_new_tokens or 2 + max(
-        len(frame(encoding, "", y)[1]) for row in world.values() for y in row["responses"])
+        len(frame(encoding, "", y)[1]) for row in rows.values() for y in row["responses"])
     samples = samples_of(model, x, args.samples, max_new_tokens=longest, end_token=end,
                          temperature=args.temperature, top_k=args.top_k or None,
-                         generator=torch.Generator().manual_seed(args.seed))
+                         generator=rng)
     counts = Counter((encoding.decode([k for k in y if k != end]), y[-1:] == [end])
                      for y in samples)
     return counts, expectation(lambda y, logp: -logp, model, x, samples)
@@ -200,7 +201,7 @@ def print_answers(prompt, row, names, found, args):
     print(f"{'':>10}" + "".join(f"{share:>8.3f}" for share in others) + "   all others")
     if args.temperature == 1 and not args.top_k:
         exact = f"{0.0 - sum(p * math.log(p) for p in p_data.values()):.3f}" if p_data else "?"
-        print(f"{exact:>10}" + "".join(f"{entropy:>8.3f}" for _, (entropy, _) in found)
+        print(f"{exact:>10}" + "".join(f" {entropy:>7.3f}" for _, (entropy, _) in found)
               + f"   entropy, nats (± {max(error for _, (_, error) in found):.3f})")
 
 

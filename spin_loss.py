@@ -22,21 +22,21 @@ import torch.nn.functional as F
 
 # --- log-probabilities ---------------------------------------------------------------------------
 
-def token_logps(hidden_UD, weight_VD, targets_N, impl="eager", row_N=None):
+def token_logps(hidden_UD, weight_VD, targets_N, impl="eager", state_N=None):
     """log p(target) = z_target − log Σ_v exp z_v, where z = weight @ hidden. [N], nats.
 
-    Target n is predicted by hidden_UD[row_N[n]], so that several targets may share a state and its
-    logits; without row_N, by hidden_UD[n]. "fused" gives the same numbers and holds the logits of
-    one block of the vocabulary at a time. Raises ValueError for an unknown impl.
+    Target n is predicted by hidden_UD[state_N[n]], so that several targets may share a state and
+    its logits; without state_N, by hidden_UD[n]. "fused" gives the same numbers and holds the
+    logits of one block of the vocabulary at a time. Raises ValueError for an unknown impl.
     """
-    if row_N is None:
-        row_N = torch.arange(len(targets_N), device=targets_N.device)
+    if state_N is None:
+        state_N = torch.arange(len(targets_N), device=targets_N.device)
     if impl == "fused":
-        return FusedLogps.apply(hidden_UD, weight_VD, targets_N, row_N)
+        return FusedLogps.apply(hidden_UD, weight_VD, targets_N, state_N)
     if impl != "eager":
         raise ValueError(f"impl is {impl!r}; use 'eager' or 'fused'")
     logp_UV = (hidden_UD @ weight_VD.T).log_softmax(dim=1)
-    return logp_UV[row_N, targets_N]
+    return logp_UV[state_N, targets_N]
 
 
 def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
@@ -117,8 +117,9 @@ def mass_anchor(player_PN, opponent_PN, log_share_PN):
     −log m is the simplest penalty on that. At Theorem 5.4's optimum p_θ has only right responses,
     so m is 1 if all of them are among the real ones, and the optimum stays where it is. The slope
     is 1 for each nat of log m, however small the leak. m > 1 is no leak: it comes from a rare
-    response with a large ratio, and min(1, m) keeps it from being rewarded. (So where samples are
-    few, the anchor pushes a little even without a leak.) log_share_PN is −∞ for padding.
+    response with a large ratio, and min(1, m) keeps it from being rewarded. (Where samples are few,
+    m scatters about 1 even without a leak; then the mean of −log min(1, m) is above 0, and the
+    anchor pushes a little.) log_share_PN is −∞ for padding.
     """
     log_m_P = (player_PN + (log_share_PN - opponent_PN)).logsumexp(dim=1)
     return -log_m_P.clamp(max=0)
@@ -145,9 +146,10 @@ def optimal_next_policy(logp_data_K, logp_opponent_K, lam):
     return score_K.masked_fill(~support_K, -math.inf).log_softmax(dim=-1)
 
 
-# The λ with which Theorem 5.4 holds for other losses. Exponential: two responses, which are real
-# and generated with probability p₊, or the other way round with p₋, cost p₊ e^−λΔ + p₋ e^λΔ, where
-# Δ is the difference of their log-ratios. The slope is 0 where e^2λΔ = p₊/p₋, as if λ were 2λ.
+# The λ with which Theorem 5.4 holds for other losses. Exponential: two responses, of which one is
+# real and the other generated with probability A, or the other way round with probability B, cost
+# A e^−λΔ + B e^λΔ, where Δ is the difference of their log-ratios. The slope is 0 where
+# e^2λΔ = A/B; for the logistic loss it is e^λΔ = A/B. So λ counts twice.
 # SPACE asks of each response alone, and its optimum is p_data itself. The straight losses, hinge
 # and correlation, have no such optimum.
 THEOREM_LAM = {
@@ -180,36 +182,37 @@ LEAST_COLUMNS = 64  # narrower products waste more than they save
 class FusedLogps(torch.autograd.Function):
     """`token_logps` with the logits made one block of the vocabulary at a time, then dropped.
 
-    Forward: m is the largest logit so far, s = Σ exp(z_v − m) over the columns so far. A block
-    raises m to m' = max(m, its own), so s becomes s exp(m − m') + Σ_block exp(z_v − m'). At the
-    end log p(y) = (z_y − m) − log s, for z_y − (m + log s) would round off digits of log s.
+    Forward: max is the largest logit of the columns so far, and sum = Σ exp(z_v − max) over them.
+    A block raises max to new = max(max, its own), so sum becomes
+    sum · exp(max − new) + Σ_block exp(z_v − new). At the end log p(y) = (z_y − max) − log sum, for
+    z_y − (max + log sum) would round off digits of log sum.
 
-    Backward: ∂log p(y)/∂z_v = 1[v = y] − exp(z_v − m)/s. With g = ∂L/∂log p(y), each block's
-    logits, made anew from h and W, turn in place into G = g (1[v = y] − exp(z_v − m)/s), summed
+    Backward: ∂log p(y)/∂z_v = 1[v = y] − exp(z_v − max)/sum. With g = ∂L/∂log p(y), each block's
+    logits, made anew from h and W, turn in place into G = g (1[v = y] − exp(z_v − max)/sum), summed
     over the targets y of a state; then dH += G W_block, and dW_block = Gᵀ H is final. So there are
     four matrix products instead of three, unless the vocabulary fits one block: its logits are kept
     for the backward pass.
     """
     @staticmethod
-    def forward(ctx, hidden_UD, weight_VD, targets_N, row_N):
+    def forward(ctx, hidden_UD, weight_VD, targets_N, state_N):
         max_U = hidden_UD.new_full((len(hidden_UD),), -math.inf)
         sum_U = hidden_UD.new_zeros(len(hidden_UD))
         target_logit_N = hidden_UD.new_full(targets_N.shape, math.nan)
         join = compiled(join_block, hidden_UD.device.type)
         for first, weight_CD, logits_UC in logit_blocks(hidden_UD, weight_VD):
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
-            target_logit_N = torch.where(inside_N, logits_UC[row_N, column_N], target_logit_N)
+            target_logit_N = torch.where(inside_N, logits_UC[state_N, column_N], target_logit_N)
             max_U, sum_U = join(logits_UC, max_U, sum_U)
         # If the last block was also the first, keep it for the backward pass.
         ctx.logits_UC = logits_UC if len(weight_CD) == len(weight_VD) else None
-        ctx.save_for_backward(hidden_UD, weight_VD, targets_N, row_N, max_U, sum_U)
-        return (target_logit_N - max_U[row_N]) - sum_U.log()[row_N]
+        ctx.save_for_backward(hidden_UD, weight_VD, targets_N, state_N, max_U, sum_U)
+        return (target_logit_N - max_U[state_N]) - sum_U.log()[state_N]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N):
         """∂L/∂hidden and ∂L/∂weight from grad_N = ∂L/∂log p; None for targets and rows."""
-        hidden_UD, weight_VD, targets_N, row_N, max_U, sum_U = ctx.saved_tensors
+        hidden_UD, weight_VD, targets_N, state_N, max_U, sum_U = ctx.saved_tensors
         grad_hidden_UD = torch.zeros_like(hidden_UD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         blocks = logit_blocks(hidden_UD, weight_VD)
@@ -217,11 +220,11 @@ class FusedLogps(torch.autograd.Function):
             blocks = [(0, weight_VD, ctx.logits_UC)]
             ctx.logits_UC = None  # overwritten below; a second backward pass makes it again
         to_gradient_ = compiled(minus_softmax_, hidden_UD.device.type)
-        grad_U = torch.zeros_like(sum_U).index_add(0, row_N, grad_N)
+        grad_U = torch.zeros_like(sum_U).index_add(0, state_N, grad_N)
         for first, weight_CD, logits_UC in blocks:
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
             to_gradient_(logits_UC, max_U, grad_U / sum_U)
-            logits_UC.index_put_((row_N, column_N), grad_N * inside_N, accumulate=True)
+            logits_UC.index_put_((state_N, column_N), grad_N * inside_N, accumulate=True)
             if grad_hidden_UD is not None:
                 grad_hidden_UD.addmm_(logits_UC, weight_CD)
             if grad_weight_VD is not None:

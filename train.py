@@ -17,7 +17,7 @@ import copy
 from collections import Counter
 from dataclasses import dataclass
 
-from data import InputError  # first: it makes one line of what goes wrong in the imports below
+from data import InputError  # first: a package that is missing below is then named in one line
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Config:
                          choices=("auto", "cpu", "cuda"))
     logprob: str = option("eager", "how log p is computed", choices=("eager", "fused"))
     show: bool = option(False, "open a window that follows the run")
-    resume: bool = option(False, "go on with the run in --out")
+    resume: bool = option(False, "go on with the run in --out, with its flags")
     overwrite: bool = option(False, "replace the run in --out")
 
     def __post_init__(self):
@@ -132,15 +132,15 @@ OBJECTIVES = {"spin": spin_objective, "sft": sft_objective}
 
 # --- training one policy -------------------------------------------------------------------------
 
-def fit(policy, objective, responses, t, run):
-    """Train a copy of the policy and return it, p_t; the policy itself stays as it is.
+def fit(policy, objective, responses, stage, run):
+    """Train a copy of the policy and return it; the policy itself stays as it is.
 
-    Here t is the index of the policy that comes out (t + 1 in `main`). objective(player, part,
-    config) gives the loss of each prompt in a Part of the responses. It must not draw random
-    numbers: a resumed run does not restore their state.
+    Stage 0 is SFT and makes p_0; stage t + 1 makes p_{t+1}. objective(player, part, config) gives
+    the loss of each prompt in a Part of the responses. It must not draw random numbers: a resumed
+    run does not restore their state.
     """
     config, train = run.config, run.world.splits["train"]
-    steps, lr = (config.steps, config.lr) if t else (config.sft_steps, config.sft_lr)
+    steps, lr = (config.steps, config.lr) if stage else (config.sft_steps, config.sft_lr)
     player = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(player.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     # The rate is level for half of the steps, then falls to 0: the noise of the batches of prompts
@@ -148,34 +148,35 @@ def fit(policy, objective, responses, t, run):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
     learner = player, optimizer, schedule
-    batches = prompt_batches(train, steps, config, t)
-    for step in range(run.restore(learner), steps):
+    batches = prompt_batches(train, steps, config, stage)
+    begin = run.restore(learner)  # 0, or after --resume the steps that were done
+    for step in range(begin, steps):
         optimizer.zero_grad()
         for part in responses.parts(batches[step][rank()::ranks()], run.device):
             (objective(player, part, config).sum() / len(batches[step])).backward()
         add_gradients(player)
-        clip_gradients(player, config.max_grad_norm, t, step)
+        clip_gradients(player, config.max_grad_norm, stage, step)
         optimizer.step()
         schedule.step()
-        run.report(t, step + 1, steps, responses, learner)
+        run.report(stage, step + 1, steps, responses, learner)
     show_responses(player, run)
     return player
 
 
-def clip_gradients(player, most, t, step):
+def clip_gradients(player, most, stage, step):
     """Scale the gradient down to a norm of at most `most`; InputError if it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(player.parameters(), most)
     if not norm.isfinite():
-        raise InputError(f"iteration {t}, step {step + 1}: the gradient is not finite; start "
-                         f"again with a lower --{'lr' if t else 'sft-lr'}")
+        raise InputError(f"iteration {stage}, step {step + 1}: the gradient is not finite; start "
+                         f"again with a lower --{'lr' if stage else 'sft-lr'}")
 
 
-def prompt_batches(train, steps, config, t) -> list[list[int]]:
+def prompt_batches(train, steps, config, stage) -> list[list[int]]:
     """Which prompts each step takes: shuffled passes over all of them, by whole batches.
 
     The incomplete batch at the end of a pass is dropped, so that no step takes a prompt twice.
     """
-    rng = torch.Generator().manual_seed(seed_for(config.seed, t, 0))
+    rng = torch.Generator().manual_seed(seed_for(config.seed, stage, 0))
     size = min(len(train), config.prompts_a_step())
     batches = []
     while len(batches) < steps:
@@ -193,10 +194,7 @@ def seed_for(seed, *purpose) -> int:
 # --- the opponent's responses --------------------------------------------------------------------
 
 def self_play(opponent, t, run):
-    """y' ~ p_t(·|x) at temperature 1, without top-k; then log p_t of every response, once.
-
-    Here t is the index of the opponent.
-    """
+    """y' ~ p_t(·|x) at temperature 1, without top-k; then log p_t of every response, once."""
     samples = sample_responses(opponent, run.world, run.config, t)
     return self_play_responses(run.world, samples, opponent, run.config)
 
@@ -204,12 +202,13 @@ def self_play(opponent, t, run):
 def sample_responses(model, world, config, t) -> list[Counter]:
     """`negatives` responses of p_t to each prompt, as {response: count}.
 
-    A chunk of them has a generator of its own: which process samples it makes no difference.
+    Held-out prompts get theirs for the metrics alone. A chunk of responses has a generator of its
+    own: which process samples it makes no difference.
     """
     prompt_of = [p for p in range(len(world.prompts)) for _ in range(config.negatives)]
     longest = max(map(len, world.prompts)) + world.max_new_tokens
     chunk, mine = rows_that_fit(model, longest), []
-    countdown = Countdown(f"iteration {t + 1}  sampled", len(prompt_of))
+    countdown = Countdown(f"iteration {t + 1}, sampled", len(prompt_of))
     for first in range(chunk * rank(), len(prompt_of), chunk * ranks()):
         some = prompt_of[first:first + chunk]
         rng = torch.Generator(model.head_weight.device)
@@ -242,10 +241,11 @@ def main(config: Config) -> None:
     """Algorithm 1 of the paper, after SFT. Raises InputError before anything is trained."""
     world, device = prepare(config)
     run = Run(config, world, device)
-    policy = run.policy(run.t - 1) if run.t else new_policy(world, config).to(device)
+    # run.stage is the first one to do: 0, or after --resume that which was interrupted.
+    policy = run.policy(run.stage - 1) if run.stage else new_policy(world, config).to(device)
     run.print_start(policy)
 
-    if run.t == 0:
+    if run.stage == 0:
         policy = fit(policy, sft_objective, sft_responses(world), 0, run)       # p_0
     for t in run.unfinished(range(config.iters)):
         opponent = policy if config.opponent == "previous" else run.policy(0)   # p_t, frozen

@@ -66,7 +66,9 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
 
 def read_file(path) -> dict[str, torch.Tensor]:
     """Tensors by name; no code in the file runs. InputError says what another kind of file is."""
-    if path.suffix == ".safetensors":
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors, whatever its name is
         found = read_safetensors(path)
     elif path.suffix == ".json":
         found = json.loads(path.read_text("utf-8"))

@@ -110,7 +110,11 @@ def has_prediction(config, t, world) -> bool:
 
 
 def prediction(part, config):
-    """Theorem 5.4's log p_{t+1}, [P, N]; −∞ for wrong responses and padding."""
+    """Theorem 5.4's log p_{t+1}, [P, N]; −∞ for wrong responses and padding.
+
+    It is made with p_data itself. Training knows p_data by the SFT set alone, so even an exact
+    iteration would end a little beside it.
+    """
     lam = THEOREM_LAM[config.loss](config.lam)
     return optimal_next_policy(part.data_PN.double().log(), part.opponent_PN.double(), lam)
 

@@ -207,8 +207,9 @@ def known_shares(real_N, sampled_N, opponent_N, n):
     n samples is another response. Where that is so, the others weigh (1 − known)/(1 − knownⁿ)
     together, split by their counts; else they weigh nothing. Dividing by that chance makes their
     mean weight together 1 − known. Samples are alike, so each other response gets its part of this,
-    p_t/(1 − known), on average: its mean weight is p_t. The weights of a sampling sum to 1, and have
-    less noise than counts.
+    p_t/(1 − known), on average: its mean weight is p_t. The weights of a sampling sum to 1. (To let
+    the others weigh their counts, and the real ones the rest, is right on average too, but noisier
+    where known is small.)
     """
     known_N = np.where(real_N > 0, np.exp(opponent_N), 0.0)
     other_N = np.where(real_N > 0, 0.0, sampled_N)

@@ -32,7 +32,7 @@ from data import InputError
 from data.tokenizer import END, frame, read_text
 
 WORLD = Path(__file__).parent / "world.jsonl"
-EXAMPLE = '{"prompt": "…", "response": "…"}'
+EXAMPLE = '{"prompt": "…", "response": "…"} (or "responses": {"…": 1.0})'
 KEYS = {"family", "prompt", "response", "responses", "split"}
 
 
@@ -61,7 +61,7 @@ def check_row(row):
             not isinstance(row.get("responses", {}), dict)):
         turns = ", with one turn of the user and one of the assistant," if (
             isinstance(row, dict) and "messages" in row) else ""
-        raise ValueError(f"expected a row{turns} such as {EXAMPLE}, not {json.dumps(row)[:100]}")
+        raise ValueError(f"expected a row{turns} such as {EXAMPLE}, not {json.dumps(row)[:60]}")
     if row.get("split", "train") not in ("train", "heldout"):
         raise ValueError(f'split is {row["split"]!r:.60}; use "train" or "heldout"')
     for text in (row["prompt"], *row.get("responses", [row.get("response")])):
@@ -96,7 +96,7 @@ def once(pairs) -> dict:
 def parse_rows(path):
     """Yield (line on which it begins, row) for each row, of JSON lines or of one JSON array."""
     text, decoder = read_text(path, path), json.JSONDecoder(object_pairs_hook=once)
-    between = re.compile(r"[\s,\[\]]*" if text.lstrip().startswith("[") else r"\s*")
+    between = re.compile(r"[\s,\[\]]*" if text.lstrip().startswith("[") else r"[\s,]*")
     end, number = 0, 1
     while (at := between.match(text, end).end()) < len(text):
         number += text.count("\n", end, at)
@@ -295,5 +295,5 @@ class World:
             rest = [p for p in prompts if p not in shown]
             if rest:
                 shown.append(min(rest, key=lambda p: (self.rows[p]["family"] in families,
-                                                      len(self.rows[p]["responses"]) > 6)))
+                                                      len(self.rows[p]["responses"]) > 4)))
         return sorted(shown, key=lambda p: self.rows[p]["split"] != "train")

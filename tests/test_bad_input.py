@@ -124,7 +124,7 @@ def test_overflow_stops_the_run_with_iteration_step_and_advice(tmp_path, capsys,
     line = processes.refused(capsys, flags, "iteration 1, step ", "lower --lr")
     step = int(line.split("step ")[1].split(":")[0])
     latest = load(tmp_path / "out" / "latest.pt")
-    assert (latest["t"], latest["step"]) == (1, step - 1), "each of the 10 steps is a report"
+    assert (latest["stage"], latest["step"]) == (1, step - 1), "each of the 10 steps is a report"
     assert all(p.isfinite().all() for p in latest["learner"][0].values())
     assert processes.refused(capsys, [*flags, "--resume"]) == line
 

@@ -152,7 +152,7 @@ def test_slow_run_is_saved_between_its_reports(whole, tmp_path, monkeypatch, cap
         slow.setattr("data.run.folder.time.monotonic", lambda: next(seconds))
         cut_run([*whole[0], "--out", str(out)], "latest.pt", "after", 3)
     assert load(out / "latest.pt")["step"] == 3, "no report is due there"
-    assert "SFT          step   3/12" in capsys.readouterr().out
+    assert "SFT, step   3/12" in capsys.readouterr().out
     main(parse_args(Config, "", [*whole[0], "--out", str(out), "--resume"]))
     assert_same_run(out, whole[1])
 
@@ -164,8 +164,8 @@ def test_ctrl_c_says_how_to_go_on(whole, tmp_path, capsys):
     running.wait_for("iteration 1")
     running.signal(signal.SIGINT)
     status, _, err = running.wait()
-    assert (status, err) == (130, "train.py: stopped; go on with the same flags and --resume\n")
-    status, text, err = here(capsys, [*flags, "--resume"])
+    assert (status, err) == (130, "train.py: stopped; go on with --resume and the same --out\n")
+    status, text, err = here(capsys, ["--out", str(out), "--resume"])
     assert (status, err) == (0, "") and "Going on in iteration 1" in text
     assert_same_run(out, whole[1])
 

@@ -337,7 +337,8 @@ REFUSED = {  # what is in a file → what the line says besides the file
     "escapes": (lines({"prompt": "\x1b[31m\x9b", "response": "a"},
                       {"prompt": "\x1b[31m\x9b", "responses": {"a": 1}}), r"'\x1b[31m\x9b'"),
     "Alpaca, output a list": (lines(PAIR, {"instruction": "x", "output": ["y"]}), ":2: expected a"),
-    "a conversation": (lines(PAIR, {"messages": TURNS * 2}), ":2: expected a row", '{"messages"'),
+    "a conversation": (lines(PAIR, {"messages": TURNS * 2}), ":2: expected a row",
+                       "one turn of the user"),
     "assistant first": (lines(PAIR, {"messages": TURNS[::-1]}), ":2: expected a row"),
 }
 

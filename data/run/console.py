@@ -23,8 +23,8 @@ def print_start(player, config, world, stage, step):
         print(f"Going on in {stage_name(stage)} after step {step}.")
 
 
-def stage_name(t) -> str:
-    return f"iteration {t}" if t else "SFT"
+def stage_name(stage) -> str:
+    return f"iteration {stage}" if stage else "SFT"
 
 
 class Countdown:
@@ -37,11 +37,11 @@ class Countdown:
         now = time.monotonic()
         if now - self.said > 5:
             self.said, left = now, (now - self.began) * (self.total / done - 1)
-            print(f"{self.what} {done:,} of {self.total:,} responses  {left:3.0f} s left",
+            print(f"{self.what} {done:,} of {self.total:,} responses ({left:3.0f} s left)",
                   flush=True)
 
 
-def print_progress(t, step, steps, found, seconds_left, empirical):
+def print_progress(stage, step, steps, found, seconds_left, empirical):
     """One report of a stage: the loss and the distance from the data, and the time left."""
     row, heldout = found["train"], found.get("heldout")
     loss = f"loss {row['loss']:.3f}"
@@ -52,13 +52,13 @@ def print_progress(t, step, steps, found, seconds_left, empirical):
         distance = f"−log p {row['nll']:.2f}"
         distance += f", held out {heldout['nll']:.2f}" if heldout else ""
         distance += f"  margin {row['margin']:.2f}" if row["margin"] is not None else ""
-    print(f"{stage_name(t):<12} step {step:3d}/{steps}  {loss}  {distance}  "
-          f"{seconds_left:.0f} s left", flush=True)
+    print(f"{stage_name(stage)}, step {step:3d}/{steps} ({seconds_left:3.0f} s left)  {loss}  "
+          f"{distance}", flush=True)
 
 
-def print_step(t, step, steps, seconds_left):
+def print_step(stage, step, steps, seconds_left):
     """A sign of life between two reports that are far apart."""
-    print(f"{stage_name(t):<12} step {step:3d}/{steps}  {seconds_left:.0f} s left", flush=True)
+    print(f"{stage_name(stage)}, step {step:3d}/{steps} ({seconds_left:3.0f} s left)", flush=True)
 
 
 def print_responses(prompts, responses):

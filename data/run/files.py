@@ -26,7 +26,8 @@ def write(path, data: bytes):
     except OSError as error:
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); what was saved "
-                         f"before is whole: make room, then --resume") from None
+                         f"before is whole: make room, or end the other train.py that writes "
+                         f"there; then --resume") from None
 
 
 def save(path, content: dict):

@@ -38,7 +38,7 @@ FREE = ("out", "resume", "overwrite", "iters", "device", "threads", "show", "rep
 
 
 class Run:
-    """One run's folder. run.t is the index of the policy p_t with which it begins or goes on.
+    """One run's folder. Stage 0 is SFT, and stage t makes p_t; run.stage is the first one to do.
 
     Raises InputError if --out cannot be used, or if the run in it cannot be resumed.
     """
@@ -49,7 +49,7 @@ class Run:
         self.settings = settings(config, world)
         # Process 0 alone reads and prepares the folder; the others get what it found.
         self.state = gather(self.open() if rank() == 0 else None)[0]
-        self.t, self.rows = self.state["t"], self.state["rows"]
+        self.stage, self.rows = self.state["stage"], self.state["rows"]
         self.saved = time.monotonic()
         self.began = self.saved - self.state["seconds"]
         # The loss at the start of an iteration, where p_θ = p_t; if the opponent is always p_0, or
@@ -71,7 +71,8 @@ class Run:
         try:
             if not config.resume:
                 out.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in out.iterdir() if not path.is_dir()}
+            paths = out.iterdir() if out.exists() else ()
+            names = {path.name for path in paths if not path.is_dir()}
             names -= {"tmp.config.json"}
         except OSError as error:
             raise InputError(f"--out {out}: cannot be used ({error.strerror}); name another "
@@ -89,7 +90,7 @@ class Run:
         else:  # also --resume of a run that was stopped before its first report
             for name in filter(is_file_of_a_run, names - {"config.json"}):  # replaced below
                 (out / name).unlink()
-            state = {"t": 0, "step": 0, "seconds": 0.0, "rows": []}
+            state = {"stage": 0, "step": 0, "seconds": 0.0, "rows": []}
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "tiktoken": tiktoken.__version__}
         about = asdict(config) | {"versions": versions, "shown": self.shown,
@@ -111,7 +112,7 @@ class Run:
         if not path.is_file():
             raise InputError(f"{path}: missing, so the run cannot go on; --overwrite replaces it")
         state = load(path)
-        if not {"t", "step", "seconds", "rows", "settings"} <= state.keys():
+        if not {"stage", "step", "seconds", "rows", "settings"} <= state.keys():
             raise InputError(f"{path}: not written by this train.py; start afresh in another --out")
         for name, value in self.settings.items():
             was = state["settings"].get(name)
@@ -120,7 +121,7 @@ class Run:
                 was = "other content" if name in FREE else was
                 raise InputError(f"{flag_of(name)} {getattr(self.config, name)}: the run in "
                                  f"{self.out} was started with {was}, and this changes its "
-                                 f"numbers; nothing is lost: resume with the same, or name "
+                                 f"numbers; nothing is lost: resume with what it was, or name "
                                  f"another --out")
         return state
 
@@ -128,7 +129,7 @@ class Run:
 
     def unfinished(self, iterations):
         """Those t = 0, 1, … for which p_{t+1} is not saved yet."""
-        return [t for t in iterations if t + 1 >= self.t]
+        return [t for t in iterations if t + 1 >= self.stage]
 
     def policy(self, t):
         """The policy p_t, as iteration_t.pt holds it, on the run's device."""
@@ -136,11 +137,11 @@ class Run:
 
     def print_start(self, policy):
         """Say what will run, on what, and from where."""
-        print_start(policy, self.config, self.world, self.t, self.state["step"])
+        print_start(policy, self.config, self.world, self.stage, self.state["step"])
 
     def restore(self, learner) -> int:
         """Give player, optimizer and schedule their saved state, if there is one. Returns how many
-        steps are done."""
+        steps of the stage are done."""
         state, self.state = self.state, {"step": 0}  # the stages after this one start afresh
         self.stage_began, self.first_step = time.monotonic(), state["step"]
         if state["step"]:
@@ -152,46 +153,46 @@ class Run:
                                  f"afresh with --overwrite") from None
         return state["step"]
 
-    def report(self, t, step, steps, responses, learner):
+    def report(self, stage, step, steps, responses, learner):
         """At some steps, evenly spaced, and the last one: evaluate, print and save."""
         pace = (time.monotonic() - self.stage_began) / (step - self.first_step)
         if not is_due(step, steps, self.config.reports):
             if time.monotonic() - self.saved > 30 and rank() == 0:  # a slow run: long texts, say
-                print_step(t, step, steps, pace * (steps - step))
-                self.save_latest(t, step, learner)
+                print_step(stage, step, steps, pace * (steps - step))
+                self.save_latest(stage, step, learner)
             return
         player, finished = learner[0], step == steps
-        found = evaluate(player, responses, self.world, self.config, t)
+        found = evaluate(player, responses, self.world, self.config, stage)
         seconds = time.monotonic() - self.began
-        rows = [{"event": event, "method": self.config.method, "iteration": t, "step": step,
+        rows = [{"event": event, "method": self.config.method, "iteration": stage, "step": step,
                  "split": split, **numbers, "seconds": round(seconds, 2)}
                 for event in (["step", "iteration"] if finished else ["step"])
                 for split, numbers in found.items()]
         self.rows += rows
-        print_progress(t, step, steps, found, pace * (steps - step), self.world.empirical)
+        print_progress(stage, step, steps, found, pace * (steps - step), self.world.empirical)
         if rank() == 0:
-            self.save(t, rows, step, player, learner, finished)
+            self.save(stage, rows, step, player, learner, finished)
         gather(None)  # the others wait until the policy is there
 
-    def save(self, t, rows, step, player, learner, finished):
+    def save(self, stage, rows, step, player, learner, finished):
         """Write what a report brings. latest.pt comes last: it makes the rest valid."""
         with open(self.out / "metrics.jsonl", "ab") as file:
             file.write(as_lines(rows))
         if finished:
-            save_policy(self.out / f"iteration_{t}.pt", player, self.world)
+            save_policy(self.out / f"iteration_{stage}.pt", player, self.world)
             write(self.out / "convergence.png",
                   draw_convergence(self.rows, self.shown, self.world.empirical,
                                    self.loss_at_start))
         if self.window:
             self.window.redraw(self.rows, self.shown, self.world.empirical, self.loss_at_start)
         if finished:
-            t, step, learner = t + 1, 0, []
-        self.save_latest(t, step, learner)
+            stage, step, learner = stage + 1, 0, []
+        self.save_latest(stage, step, learner)
 
-    def save_latest(self, t, step, learner):
-        """latest.pt: t's learner after so many steps; no learner where a stage has yet to begin."""
+    def save_latest(self, stage, step, learner):
+        """latest.pt: a stage's learner after some steps; no learner where it has yet to begin."""
         save(self.out / "latest.pt", {
-            "t": t, "step": step, "learner": [part.state_dict() for part in learner],
+            "stage": stage, "step": step, "learner": [part.state_dict() for part in learner],
             "settings": self.settings, "rows": self.rows,
             "seconds": time.monotonic() - self.began})
         self.saved = time.monotonic()

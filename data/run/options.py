@@ -4,6 +4,7 @@ Reading order: `option` → `make_plain`, `check_limits` → `parse_args` → `c
 reads the files that the flags name.
 """
 import argparse
+import json
 import math
 import os
 import sys
@@ -83,7 +84,21 @@ def parse_args(kind, description, argv=None):
         if f.metadata["choices"]:
             how["metavar"] = "{" + ",".join(map(str, f.metadata["choices"])) + "}"
         parser.add_argument(flag_of(f.name), help=f.metadata["why"].replace("%", "%%"), **how)
-    return kind(**vars(parser.parse_args(argv)))
+    flags = vars(parser.parse_args(argv))
+    if flags.get("resume"):  # a flag that is not given again is as it was
+        parser.set_defaults(**flags_of_the_run(flags["out"], flags))
+        flags = vars(parser.parse_args(argv))
+    return kind(**flags)
+
+
+def flags_of_the_run(out, flags) -> dict:
+    """Those of `flags` with which the run in a folder was started; {} if there is no run."""
+    try:
+        saved = dict(json.loads((Path(out).expanduser() / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+    anew = ("out", "resume", "overwrite", "show")
+    return {name: value for name, value in saved.items() if name in flags and name not in anew}
 
 
 def command(name, work):
@@ -96,7 +111,7 @@ def command(name, work):
     except BrokenPipeError:  # `… | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        go_on = "; go on with the same flags and --resume" if name == "train.py" else ""
+        go_on = "; go on with --resume and the same --out" if name == "train.py" else ""
         print(f"{name}: stopped{go_on}", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError, NotImplementedError) as error:  # the last: an empty exercise

@@ -20,23 +20,24 @@ def token_case(name, U=6, V=5, D=3, grad=False):
     return table(rng, U, D, grad=grad), table(rng, V, D, grad=grad), torch.tensor(targets)
 
 
-def check_token(got, hidden_UD, weight_VD, targets_N, row_N=None):
+def check_token(got, hidden_UD, weight_VD, targets_N, state_N=None):
     own = torch.arange(len(targets_N)) % len(hidden_UD)
-    row_N = own if row_N is None else row_N
+    state_N = own if state_N is None else state_N
     z_UV = (hidden_UD @ weight_VD.T).detach()
     p_UV = z_UV.exp() / z_UV.exp().sum(1, keepdim=True)
-    right = p_UV[row_N, targets_N].log()
+    right = p_UV[state_N, targets_N].log()
     expect(got, right, {
-        "this is the logit itself; subtract log Σ exp z": z_UV[row_N, targets_N],
-        "these are all tokens' log-probabilities; pick that of the target": p_UV[row_N].log(),
-        "every state is scored for every target: [N, N]": p_UV.log()[row_N][:, targets_N],
+        "this is the logit itself; subtract log Σ exp z": z_UV[state_N, targets_N],
+        "these are all tokens' log-probabilities; pick that of the target": p_UV[state_N].log(),
+        "every state is scored for every target: [N, N]": p_UV.log()[state_N][:, targets_N],
         "the softmax runs over the states, dim=0; it belongs over the vocabulary":
-            (z_UV.exp() / z_UV.exp().sum(0))[row_N, targets_N].log(),
-        "row_N is None here, and an index None adds an axis: let it be 0, 1, 2, …":
+            (z_UV.exp() / z_UV.exp().sum(0))[state_N, targets_N].log(),
+        "state_N is None here, and an index None adds an axis: let it be 0, 1, 2, …":
             p_UV.log()[None, targets_N % len(z_UV)],
-        "row_N picks the states, not the targets":
-            p_UV.log()[own, targets_N[row_N % len(targets_N)]],
-        "row_N is ignored: target n belongs to hidden_UD[row_N[n]]": p_UV[own, targets_N].log()})
+        "state_N picks the states, not the targets":
+            p_UV.log()[own, targets_N[state_N % len(targets_N)]],
+        "state_N is ignored: target n belongs to hidden_UD[state_N[n]]":
+            p_UV[own, targets_N].log()})
 
 
 @claim(FILE, "token_logps")
@@ -56,9 +57,9 @@ def large_logits_do_not_overflow(m):
 @claim(FILE, "token_logps")
 def several_targets_may_share_one_state(m):
     hidden_UD, weight_VD, _ = token_case("rows", U=3)
-    targets_N, row_N = torch.tensor([4, 0, 2, 1, 3]), torch.tensor([2, 0, 0, 1, 2])
-    got = m.token_logps(hidden_UD, weight_VD, targets_N, row_N=row_N)
-    check_token(got, hidden_UD, weight_VD, targets_N, row_N)
+    targets_N, state_N = torch.tensor([4, 0, 2, 1, 3]), torch.tensor([2, 0, 0, 1, 2])
+    got = m.token_logps(hidden_UD, weight_VD, targets_N, state_N=state_N)
+    check_token(got, hidden_UD, weight_VD, targets_N, state_N)
 
 
 @claim(FILE, "token_logps")
@@ -72,19 +73,19 @@ def gradients_reach_states_and_weights(m):
 @claim(FILE, "token_logps")
 def fused_is_the_kernel_and_other_names_are_refused(m):
     """"fused" is FusedLogps.apply, here a stand-in that shows what it was given."""
-    def apply(hidden_UD, weight_VD, targets_N, row_N):
-        require(row_N is not None, "FusedLogps.apply is given the row_N None; it needs one always")
-        return 100 * hidden_UD[row_N, 0] + targets_N + len(weight_VD) / 1000
+    def apply(hidden_UD, weight_VD, targets_N, state_N):
+        require(state_N is not None, "FusedLogps.apply is given state_N None; it needs one always")
+        return 100 * hidden_UD[state_N, 0] + targets_N + len(weight_VD) / 1000
     m.FusedLogps = SimpleNamespace(apply=apply)
-    case, row_N = token_case("fused"), torch.tensor([5, 1, 1, 0, 2, 3])
+    case, state_N = token_case("fused"), torch.tensor([5, 1, 1, 0, 2, 3])
     value = lambda rows: 100 * case[0][rows, 0] + case[2] + 0.005
     own = value(torch.arange(6))
     expect(m.token_logps(*case, "fused"), own, {
         'impl="fused" changes nothing: return what FusedLogps.apply gives':
             (case[0] @ case[1].T).log_softmax(1)[torch.arange(6), case[2]]},
         'with impl="fused" the result of FusedLogps.apply')
-    expect(m.token_logps(*case, "fused", row_N), value(row_N),
-           {'impl="fused" ignores row_N': own}, 'with impl="fused" and row_N FusedLogps.apply')
+    expect(m.token_logps(*case, "fused", state_N), value(state_N),
+           {'impl="fused" ignores state_N': own}, 'with impl="fused" and state_N FusedLogps.apply')
     require_value_error(lambda: m.token_logps(*case, impl="quick"), "quick",
                         'impl="quick" is accepted; an unknown name must raise ValueError')
 
@@ -108,11 +109,11 @@ def sequence(m, rows, impl="eager"):
     """sequence_logps of rows (prompt, response, padding); and the model, and impls passed on."""
     impls, model = [], MarkovChain()
 
-    def token_logps(hidden_UD, weight_VD, targets_N, impl="eager", row_N=None):
+    def token_logps(hidden_UD, weight_VD, targets_N, impl="eager", state_N=None):
         impls.append(impl)
         require(hidden_UD.dim() == 2, f"token_logps is given states of shape "
                 f"{list(hidden_UD.shape)}, expected a flat list of those to be scored, [N, D]")
-        state_N = hidden_UD.argmax(1) if row_N is None else hidden_UD.argmax(1)[row_N]
+        state_N = hidden_UD.argmax(1) if state_N is None else hidden_UD.argmax(1)[state_N]
         return weight_VD[targets_N, state_N]
     m.token_logps = token_logps
     tokens = [[*x, *y, *padding] for x, y, padding in rows]

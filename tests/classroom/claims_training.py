@@ -281,7 +281,7 @@ def play(m, opponent="previous", method="spin", iters=3):
     def policy(t):
         require(t in saved, f"run.policy({t}) is asked for, which is not made yet")
         return saved[t]
-    run = SimpleNamespace(t=0, policy=policy, unfinished=list, world=None, state=None,
+    run = SimpleNamespace(stage=0, policy=policy, unfinished=list, world=None, state=None,
                           print_start=lambda *_: None, close=lambda: None)
     vars(m).update(fit=fit, self_play=self_play, Run=lambda *_: run, sft_responses=lambda _: "SFT",
                    prepare=lambda *_: (None, "cpu"), new_policy=lambda *_: Policy("new"),
@@ -301,8 +301,8 @@ def each_iteration_generates_then_trains(m):
     times = [t for _, t in plays]
     require(times == [0, 1, 2], f"self_play is told t = {times}, expected [0, 1, 2]")
     made = [fit.t for fit in fits]
-    require(made == [1, 2, 3], f"fit is told t = {made}, expected [1, 2, 3]: what it makes out of "
-            f"p_t is p_{{t+1}}")
+    require(made == [1, 2, 3], f"fit is told stage {made}, expected [1, 2, 3]: what it makes out "
+            f"of p_t is p_{{t+1}}")
 
 
 def opponents(m):
@@ -375,7 +375,8 @@ def sample_py_asks_a_prompt_as_training_reads_it(m):
     m.samples_of = lambda model, prompt, n, **how: asked.append(prompt) or [[99, 301]] * n
     m.expectation = lambda *_: (0.0, 0.0)
     model = SimpleNamespace(config=SimpleNamespace(block_size=64))
-    m.ask(model, letters(), {}, "ab", m.SampleConfig(samples=3, max_new_tokens=4))
+    m.ask(model, letters(), {}, "ab", m.SampleConfig(samples=3, max_new_tokens=4),
+          None)
     require(asked == [[97, 98, 300]], f"sample.py asks {asked[0]}; training reads [97, 98, 300], "
             f"ANSWER at the end")
 
