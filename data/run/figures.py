@@ -135,7 +135,7 @@ def draw_masses(ax, rows):
     p_0, (rows, places) = pick(rows, "iteration")[0], spin_reports(rows)
     wrong = [row["off_support"] for row in (p_0, *rows)]
     ax.plot([0, *places], [1 - share for share in wrong], color=RIGHT, label="right")
-    ax.plot([0, *places], wrong, color=GREY, label="wrong, all together")
+    ax.plot([0, *places], wrong, color=GREY, lw=6, alpha=0.6, label="wrong, all together")
     for t in range(1, rows[-1]["iteration"] + 1):
         here = [k for k, row in enumerate(rows) if row["iteration"] == t]
         sampled = [rows[k]["sampled_wrong"] for k in here]
@@ -145,9 +145,9 @@ def draw_masses(ax, rows):
                 (others, ".-", LEAKED, "wrong, not sampled: leaks go here")):
             ax.plot([places[k] for k in here], shares, style, color=colour,
                     label=label if t == 1 else None)
-    ax.set(title=f"(c) wrong: {wrong[0]:.1%} → {wrong[-1]:.1%}", yscale="log", ylim=(1e-4, 1.2),
-           ylabel="share of p_θ, train prompts", xlim=(-0.05, places[-1] + 0.05))
-    ax.yaxis.set_major_formatter(lambda share, _: f"{share:.4g}")
+    ax.set(title=f"(c) wrong: {wrong[0]:.1%} → {wrong[-1]:.1%}", yscale="log", ylim=(1e-5, 1.3),
+           ylabel="probability under p_θ, train", xlim=(-0.05, places[-1] + 0.05))
+    ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     finish(ax)
 
 
