@@ -247,7 +247,7 @@ def draw_convergence(rows, shown, empirical=False, start=None) -> bytes:
 def draw_panels(figure, rows, shown, empirical, start):
     """All panels, on an empty figure."""
     top, bottom = (figure, None) if empirical else figure.subfigures(2, 1, height_ratios=(1.15, 1))
-    axes = panels(top, 3, False, wspace=0.25, bottom=0.36, top=0.93)
+    axes = panels(top, 3, False, wspace=0.3, bottom=0.36, top=0.93)
     if pick(rows, "iteration"):
         draw_distance(axes[0], rows, empirical)
     if spin_reports(rows)[0]:
