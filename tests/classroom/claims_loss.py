@@ -375,6 +375,7 @@ def check_anchor(m, player, opponent, share):
             of(log_m(ratio, share / share.sum(1, keepdim=True))),
         "this is m; −log m is asked for": mass,
         "this is 1 − m; −log m is asked for": 1 - mass,
+        "this is (1 − m)²; −log m is asked for": (1 - mass)**2,
         "this is (1 − m) log 1/m; −log m is asked for": -(1 - mass) * mass.log(),
         "the ratio is upside down: it is p_θ/p_t": of(log_m(-ratio)),
         "the opponent is left out: the ratio is p_θ/p_t": of(log_m(player)),
