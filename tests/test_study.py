@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import train
+from classroom.workspace import catalogue
 from conftest import logp_by_hand
 from processes import without_figures, write_world
-from study import claims, runs, study
+from study import claims, mistakes, runs, study
 from study.runs import Job
 
 SMALL = dict(n_layer=1, n_head=2, n_embd=16, negatives=4, batch_size=16, reports=1, sft_steps=50,
@@ -115,3 +116,30 @@ def test_study_and_claims_write_their_pages_and_repeat_no_run(tmp_path, monkeypa
         assert words in text
     assert " nan" not in text
     assert (tmp_path / "runs" / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_a_row_for_each_published_mistake_and_a_run_meets_each():
+    page = (runs.ROOT / "tests" / "study" / "MISTAKES.md").read_text("utf-8")
+    found = [line.split(" | ")[0].removeprefix("| ").split("; it stops")[0]
+             for line in page.splitlines() if line.startswith("| ")][2:]
+    assert found == [mistakes.title(wrong, flags) for _, wrong, flags in mistakes.rows()]
+    published = {wrong["published"] for entry in catalogue().values() for wrong in entry["wrong"]
+                 if "published" in wrong}
+    assert published == {wrong["published"] for _, wrong in mistakes.mistakes()}
+
+
+def test_a_mistake_is_made_in_a_copy_and_what_stops_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(mistakes, "FLAGS", SMALL | {"data": write_world(tmp_path), "iters": 1})
+    monkeypatch.setattr(mistakes, "PAGE", tmp_path / "page.md")
+    same = next(one for one in mistakes.mistakes() if one[1]["says"] == "the same labels for both")
+    stop = ("train.py fit", {"published": "stop", "old": "    player = copy", "new": (
+        "    raise InputError('here')\n    player = copy")})
+    monkeypatch.setattr(mistakes, "rows", lambda: [(*same, {}), (*stop, {})])
+    for _ in range(2):
+        mistakes.main(argparse.Namespace(seeds=[0], out=str(tmp_path / "runs")))
+        monkeypatch.setattr(mistakes, "train_with", lambda *args: pytest.fail("it is repeated"))
+    *_, made, stopped = (tmp_path / "page.md").read_text("utf-8").splitlines()
+    name, place, kls, own_kl, _, loss, _ = made.removeprefix("| ").split(" | ")
+    assert (name, place, loss[:6]) == (mistakes.title(same[1], {}), "`pair_loss`", "0.6931")
+    assert kls.endswith(f" → {own_kl}"), "this mistake leaves the metrics right"
+    assert stopped.startswith("| stop; it stops: train.py: here | `fit` |")
