@@ -134,8 +134,8 @@ class GPT(nn.Module):
 
         Without position_BT and visible_BTC a row is one text: positions count from 0, and the mask
         is causal. So padding on the right may be any token: no token before it sees it. Raises
-        ValueError if the tokens do not fit block_size; position_BT, if it is given, must be below
-        block_size.
+        ValueError if the tokens do not fit block_size. Positions that are given must be below
+        block_size, and come with a mask of their own.
         """
         T, past = tokens_BT.shape[1], 0 if cache is None else len(cache)
         key_1C = torch.arange(past + T, device=tokens_BT.device)[None]

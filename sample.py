@@ -73,11 +73,13 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
     logits_BV = (last_PD @ model.head_weight.T)[row_B]
 
     position_B = length_P[row_B]  # of the token that is drawn next
-    visible_BC = torch.arange(tokens_PT.shape[1], device=device) < position_B[:, None]  # no padding
+    # No padding; the tokens that are drawn will be added.
+    visible_BC = torch.arange(tokens_PT.shape[1], device=device) < position_B[:, None]
     unfinished_B = torch.arange(len(prompts), device=device)  # whose rows are still in the batch
-    # + 1, because the last token drawn is never read: it needs no position.
+    # The shortest prompt leaves most room. + 1, because the last token drawn is never read and so
+    # needs no position.
     most = min(max_new_tokens, block_size + 1 - min(map(len, distinct)))
-    responses = torch.full((len(prompts), most), -1, device=device)
+    responses = torch.full((len(prompts), most), -1, device=device)  # −1: no token
     for k in range(most):
         token_B = next_tokens(logits_BV, temperature, top_k, generator)
         responses[unfinished_B, k] = token_B
@@ -202,7 +204,7 @@ def print_answers(prompt, row, names, found, args):
     if args.temperature == 1 and not args.top_k:
         exact = f"{0.0 - sum(p * math.log(p) for p in p_data.values()):.3f}" if p_data else "?"
         print(f"{exact:>10}" + "".join(f" {entropy:>7.3f}" for _, (entropy, _) in found)
-              + f"   entropy, nats (± {max(error for _, (_, error) in found):.3f})")
+              + f"   entropy, nats (± at most {max(error for _, (_, error) in found):.3f})")
 
 
 if __name__ == "__main__":

@@ -57,14 +57,14 @@ def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
 
 # A loss is a function of two log-ratios: r = log p_θ(y)/p_t(y) of the real response and
 # s = log p_θ(y')/p_t(y') of the generated one. To add a loss, add a line: `--loss` offers it then;
-# with a line in THEOREM_LAM below, its prediction is shown too.
+# with a line in THEOREM_LAM below, its prediction is shown too. (A test wants its formula as well.)
 LOSSES = {
     "logistic": lambda r, s, lam: F.softplus(-lam * (r - s)),  # Eq. 4.7: ℓ(u) = log(1 + e^−u)
     "hinge": lambda r, s, lam: F.relu(1 - lam * (r - s)),
     "exponential": lambda r, s, lam: torch.exp(-lam * (r - s)),
     "correlation": lambda r, s, lam: 1 - lam * (r - s),
-    # SPACE, arXiv 2512.07175, with as many generated as real responses: two classifiers ask of one
-    # response each, "real or generated?" It has no λ.
+    # SPACE, arXiv 2512.07175, with as many generated as real responses: it asks of each response
+    # alone, "real or generated?" It has no λ.
     "space": lambda r, s, lam: F.softplus(-r) + F.softplus(s),
 }
 
@@ -204,22 +204,22 @@ class FusedLogps(torch.autograd.Function):
             target_logit_N = torch.where(inside_N, logits_UC[state_N, column_N], target_logit_N)
             max_U, sum_U = join(logits_UC, max_U, sum_U)
         # If the last block was also the first, keep it for the backward pass.
-        ctx.logits_UC = logits_UC if len(weight_CD) == len(weight_VD) else None
+        ctx.logits_UV = logits_UC if len(weight_CD) == len(weight_VD) else None
         ctx.save_for_backward(hidden_UD, weight_VD, targets_N, state_N, max_U, sum_U)
         return (target_logit_N - max_U[state_N]) - sum_U.log()[state_N]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N):
-        """∂L/∂hidden and ∂L/∂weight from grad_N = ∂L/∂log p; None for targets and rows."""
+        """∂L/∂hidden and ∂L/∂weight from grad_N = ∂L/∂log p; None for the indices."""
         hidden_UD, weight_VD, targets_N, state_N, max_U, sum_U = ctx.saved_tensors
         grad_hidden_UD = torch.zeros_like(hidden_UD) if ctx.needs_input_grad[0] else None
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         blocks = logit_blocks(hidden_UD, weight_VD)
-        if ctx.logits_UC is not None:
-            blocks = [(0, weight_VD, ctx.logits_UC)]
-            ctx.logits_UC = None  # overwritten below; a second backward pass makes it again
-        to_gradient_ = compiled(minus_softmax_, hidden_UD.device.type)
+        if ctx.logits_UV is not None:
+            blocks = [(0, weight_VD, ctx.logits_UV)]
+            ctx.logits_UV = None  # overwritten below; a second backward pass makes it again
+        to_gradient_ = compiled(minus_scaled_exp_, hidden_UD.device.type)
         grad_U = torch.zeros_like(sum_U).index_add(0, state_N, grad_N)
         for first, weight_CD, logits_UC in blocks:
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
@@ -260,7 +260,7 @@ def join_block(logits_UC, max_U, sum_U):
     return new_max_U, old_sum_U + (logits_UC - new_max_U[:, None]).exp().sum(dim=1)
 
 
-def minus_softmax_(logits_UC, max_U, scale_U):
+def minus_scaled_exp_(logits_UC, max_U, scale_U):
     """logits ← −scale · exp(logits − max), in place: the block is read once and written once."""
     logits_UC.copy_((logits_UC - max_U[:, None]).exp() * -scale_U[:, None])
 

@@ -57,10 +57,10 @@ class Config:
     steps: int = option(250, "optimiser steps in an iteration; most of the gain is made by then",
                         1, 10**9)
     negatives: int = option(16, "responses the opponent gives to each prompt", 1, 10**6)
-    batch_size: int = option(1024, "generated responses compared in a step, in whole prompts: "
-                             "with 16 negatives, 1024 are 64 prompts, in SFT too", 1, 10**9)
-    lr: float = option(4e-3, "high, as a model this small allows: progress is bounded by the "
-                       "steps, and the falling rate removes noise", TINY, 10)
+    batch_size: int = option(1024, "generated responses in a step, in whole prompts: 1024 with 16 "
+                             "negatives are 64 prompts a step, and in SFT as many", 1, 10**9)
+    lr: float = option(4e-3, "high, as so small a model allows, for 250 steps are few; it falls to "
+                       "0 in each iteration, which removes noise", TINY, 10)
     sft_steps: int = option(212, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
@@ -143,15 +143,16 @@ def fit(policy, objective, responses, stage, run):
     steps, lr = (config.steps, config.lr) if stage else (config.sft_steps, config.sft_lr)
     player = copy.deepcopy(policy)
     optimizer = torch.optim.Adam(player.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
-    # The rate is level for half of the steps, then falls to 0: the noise of the batches of prompts
+    # The rate is level for half of the steps, then falls to 0; otherwise the noise of the batches
     # would keep the policy off its optimum.
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 2 - 2 * step / steps))
-    learner = player, optimizer, schedule
+    learner = player, optimizer, schedule  # what a resumed run needs
     batches = prompt_batches(train, steps, config, stage)
     begin = run.restore(learner)  # 0, or after --resume the steps that were done
     for step in range(begin, steps):
         optimizer.zero_grad()
+        # With several processes each takes some of the prompts; parts are what memory holds.
         for part in responses.parts(batches[step][rank()::ranks()], run.device):
             (objective(player, part, config).sum() / len(batches[step])).backward()
         add_gradients(player)
@@ -159,7 +160,7 @@ def fit(policy, objective, responses, stage, run):
         optimizer.step()
         schedule.step()
         run.report(stage, step + 1, steps, responses, learner)
-    show_responses(player, run)
+    show_responses(player, stage, run)
     return player
 
 
@@ -224,10 +225,11 @@ def sample_responses(model, world, config, t) -> list[Counter]:
     return counts
 
 
-def show_responses(policy, run, count=5):
+def show_responses(policy, stage, run, count=5):
     """Print a few fresh responses to the prompts shown in the figures."""
     world, prompts = run.world, run.world.shown()
-    rng = torch.Generator(policy.head_weight.device).manual_seed(run.config.seed)
+    rng = torch.Generator(policy.head_weight.device).manual_seed(
+        seed_for(run.config.seed, stage, 2))
     drawn = generate(policy, [world.prompts[p] for p in prompts for _ in range(count)],
                      max_new_tokens=world.max_new_tokens, end_token=world.end_token, generator=rng)
     texts = [world.encoding.decode([k for k in y if k != world.end_token]) for y in drawn]

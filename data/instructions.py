@@ -1,7 +1,7 @@
 """The world: instructions whose responses we invented, so p_data(y|x) is known exactly.
 
 One row of `world.jsonl` is one prompt x with every response y it may get and p_data(y|x):
-    {"family": "die", "prompt": "Roll a die with 2 sides.", "responses": {"1": 0.5, "2": 0.5},
+    {"family": "dice", "prompt": "Roll a die with 2 sides.", "responses": {"1": 0.5, "2": 0.5},
      "split": "train"}
 Reading order: the six families → `build_world`. (`world.py` reads this file, or yours.)
 `python data/instructions.py` rewrites world.jsonl, byte for byte.

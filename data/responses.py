@@ -218,7 +218,8 @@ def known_shares(real_N, sampled_N, opponent_N, n):
         return known_N / known
     if known == 0:
         return other_N / other
-    part = max((1 - known) / max(1 - known**n, 1e-12), 1 / n)  # 1/n is its limit at known = 1
+    # The others' part is never below 1/n, its limit at known = 1, but for rounding.
+    part = max((1 - known) / max(1 - known**n, 1e-12), 1 / n)
     return part * other_N / other + (1 - part) * known_N / known_N.sum()
 
 

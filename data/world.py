@@ -1,6 +1,6 @@
 """A world: prompts with every response they may get, read from a file, checked and tokenized.
 
-    {"family": "die", "prompt": "Roll a die with 2 sides.", "responses": {"1": 0.5, "2": 0.5},
+    {"family": "dice", "prompt": "Roll a die with 2 sides.", "responses": {"1": 0.5, "2": 0.5},
      "split": "train"}
 
 One row of JSON is one prompt x with p_data(y|x) of each response y; "family" and "split" may be

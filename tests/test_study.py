@@ -11,8 +11,9 @@ import torch
 import train
 from classroom.workspace import catalogue
 from conftest import logp_by_hand
+from data.metrics import evaluate
 from processes import without_figures, write_world
-from study import claims, mistakes, runs, study
+from study import claims, mistakes, nearness, runs, study
 from study.runs import Job
 
 SMALL = dict(n_layer=1, n_head=2, n_embd=16, negatives=4, batch_size=16, reports=1, sft_steps=50,
@@ -41,6 +42,18 @@ def test_dpo_compares_the_opponents_pairs_that_p_data_ranks(small):
                    for (y, other), weight in pairs.items()) / max(sum(pairs.values()), 1e-3)
         found = runs.dpo_objective(player, small.responses.part([p], "cpu"), config)
         assert found.item() == pytest.approx(loss, rel=1e-3)
+
+
+def test_the_parts_of_the_distance_to_p_data_sum_to_kl(small):
+    world = small.run.world
+    policy = train.new_policy(world, train.Config(seed=5, **SMALL))
+    found = nearness.parts_of_the_distance(small.policy, policy, small.responses,
+                                           world.splits["train"], 2.0)
+    metrics = evaluate(policy, small.responses, world, small.run.config, 1)["train"]
+    kl = found.pop("KL")
+    assert sum(found.values()) == pytest.approx(kl) == pytest.approx(metrics["kl"])
+    assert found["theorem"] == pytest.approx(metrics["predicted_kl"])
+    assert found["leak"] >= -math.log(1 - metrics["off_support"]), "Jensen's inequality"
 
 
 def test_each_sampled_response_is_compared_with_one_of_the_sft_set(small, monkeypatch):

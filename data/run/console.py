@@ -76,7 +76,7 @@ def short(text, longest) -> str:
 
 
 LOSS = ("loss", "train", "loss", ".4f",
-        "of SPIN, without the anchor; of SFT, −log p of the real responses (train)")
+        "of SPIN, with y from p_data and without the anchor; of SFT, −log p of y (train)")
 
 # Columns of the closing table: heading, split, key, format, and what stands below the table.
 EXACT = [
@@ -110,10 +110,11 @@ def print_closing_table(rows, out, seconds, empirical, counts):
     """
     rows = {(r["iteration"], r["split"]): r for r in rows if r["event"] == "iteration"}
     columns = [column for column in (EMPIRICAL if empirical else EXACT)
-               if any(row[column[2]] is not None for (_, s), row in rows.items() if s == column[1])]
+               if any(row.get(column[2]) is not None
+                      for (_, split), row in rows.items() if split == column[1])]
     print(f"\n{'iteration':>9}" + "".join(f"{heading:>13}" for heading, *_ in columns))
     for t in sorted({t for t, _ in rows}):
-        cells = [cell(rows[t, split][key], form) for _, split, key, form, _ in columns]
+        cells = [cell(rows[t, split].get(key), form) for _, split, key, form, _ in columns]
         print(f"{t:>9}" + "".join(cells))
     heldout = f"{(n := counts.get('heldout', 0))} held-out prompt{'s' * (n != 1)}"
     for heading, *_, words in columns:
@@ -126,7 +127,7 @@ def print_closing_table(rows, out, seconds, empirical, counts):
 
 def cell(value, form) -> str:
     """A number in its column, or a dash where there is none."""
-    return f"{'–' if value is None else format(value, form):>13}"
+    return f" {'–' if value is None else format(value, form):>12}"
 
 
 def print_families(rows):

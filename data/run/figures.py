@@ -95,10 +95,10 @@ def draw_distance(ax, rows, empirical):
 
 
 def log_axis(ax):
-    """A log axis with plain numbers, wide enough to hold at least two of … 1, 2, 5, 10, 20, …"""
+    """A log axis with plain numbers: … 1, 2, 5, 10, 20, … or, of many decades, the powers of 10."""
     low, high = ax.dataLim.intervaly
     ax.set(yscale="log", ylim=(max(low, 1e-9) / 2, max(high, 1e-9) * 2))
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter("{x:g}")
 
@@ -190,7 +190,8 @@ def draw_policy(ax, k, width, colour, p, predicted) -> list:
     if predicted:
         # A little shorter than the bar: the marks of bars of like height stay apart.
         ends = [[x + part * width for x in left] for part in (0.15, 0.85)]
-        artists.append(ax.hlines(with_other(predicted), *ends, color=THEORY, lw=3, zorder=3))
+        artists.append(ax.hlines(with_other(predicted), *ends, color=THEORY, lw=3, zorder=3,
+                                 clip_on=False))
     return artists
 
 

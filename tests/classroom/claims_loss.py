@@ -586,7 +586,7 @@ def check_backward(m, columns, equal=False, again=False):
     top, logits = (h @ W.T).amax(1), h @ W.T
     saved = h, W, y, row, top, (logits - top[:, None]).exp().sum(1)
     ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True, True, False, False),
-                          logits_UC=logits.clone() if columns >= V else None)
+                          logits_UV=logits.clone() if columns >= V else None)
 
     before, got = [x.clone() for x in (*saved, g)], m.FusedLogps.backward(ctx, g)
     require(isinstance(got, tuple) and len(got) == 4, "four gradients are expected, one for each "

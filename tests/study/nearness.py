@@ -1,7 +1,7 @@
 """What the distance between a run and Theorem 5.4's prediction is made of, iteration by iteration.
 
-    python tests/study/nearness.py           for the run in out/
-    python tests/study/nearness.py out/main  for another one, with the default loss
+    python tests/study/nearness.py                  for the run in out/
+    python tests/study/nearness.py --out out/main   for another one, with the logistic loss
 
     KL(p_data‖p_{t+1})  =  the theorem's KL  +  leak  +  set  +  optimisation
 
@@ -9,6 +9,7 @@ leak is −log p(right): what wrong responses add. set is how much the theorem's
 given the SFT set's frequencies, which training sees, in place of p_data. What is left, in the
 proportions of right responses, is optimisation. All in nats, means over train prompts.
 """
+import argparse
 import json
 import sys
 from dataclasses import fields
@@ -61,4 +62,7 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out"))
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out", type=Path, help="folder of a run of train.py")
+    main(parser.parse_args().out)
