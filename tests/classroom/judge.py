@@ -9,6 +9,7 @@ Reading order: `parsed`, `module_with`, `try_claims` and `main` run in the proce
 starts it.
 """
 import ast
+import faulthandler
 import json
 import linecache
 import os
@@ -19,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 from classroom.workspace import HERE, empty_all, find, is_empty
 
-STARTING = 120  # seconds that a busy machine may need to import torch; then the clock starts
+STARTING = 120  # seconds that a busy machine may need to import torch, before the clock starts
 MEMORY = 2 << 30  # bytes beyond what torch takes, where the system can limit it (Linux)
 
 
@@ -148,7 +148,7 @@ def limit_memory():
 
 
 def main():
-    job = json.loads(sys.stdin.buffer.readline())
+    job = json.loads(sys.stdin.buffer.read())
     token, channel = job.pop("token"), os.dup(1)
     os.dup2(2, 1)  # what the attempt prints, even from C, is no report
     sys.stdout = sys.stderr
@@ -161,7 +161,8 @@ def main():
     make = lambda: module_with(job["attempt"], exercise, reference)
     checks.load(exercise["file"])  # imports what it needs, before the clock starts
     limit_memory()
-    tell(ready=True)
+    faulthandler.dump_traceback_later(job["seconds"], exit=True)  # whatever then runs is shown
+    tell(began=time.time())
     try_claims(checks.CLAIMS[exercise["file"], exercise["function"]], make, tell)
 
 
@@ -201,62 +202,57 @@ class CleanCopy:
     def __exit__(self, *_):
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def untried(self, exercise) -> dict:
+        """What `judge` returns of an attempt of which nothing is known."""
+        names = self.claims[exercise["file"], exercise["function"]]
+        return {"claims": [{"claim": name, "held": False, "said": "not tried"} for name in names],
+                "said": "", "seconds": 0.0}
+
     def judge(self, exercise, attempt, seconds, seed="0", quiet=False) -> dict:
         """Try an attempt, the text of its file. Returns {"claims": […], "said": …, "seconds": …}.
 
         claims has one entry for each claim, tried or not. The seconds, those allowed and those
         taken, do not count the start of Python and torch.
         """
-        names = self.claims[exercise["file"], exercise["function"]]
-        claims = {name: {"claim": name, "held": False, "said": "not tried"} for name in names}
+        untried = self.untried(exercise)
+        claims = {claim["claim"]: claim for claim in untried["claims"]}
         try:
             parsed(attempt, exercise)
         except Unfit as error:
-            return {"claims": list(claims.values()), "said": str(error), "seconds": 0.0}
-        token, said, late = secrets.token_hex(16), "", []
-        job = {"token": token, "exercise": exercise, "attempt": attempt, "seed": seed}
-        process = self.start(quiet)
-
-        def clock(limit):
-            timer = threading.Timer(limit, lambda: (late.append(limit), end(process)))
-            timer.daemon = True
-            timer.start()
-            return timer, time.monotonic()
-        timer, began = clock(STARTING)
-        try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.close()
-            for line in process.stdout:
+            return untried | {"said": str(error)}
+        token = secrets.token_hex(16)
+        job = {"token": token, "exercise": exercise, "attempt": attempt, "seed": seed,
+               "seconds": seconds}
+        with tempfile.TemporaryFile() as reports:
+            process = subprocess.Popen(
+                [sys.executable, "-B", "-W", "ignore", "tests/classroom/judge.py"],
+                cwd=self.folder, stdin=subprocess.PIPE, stdout=reports, start_new_session=True,
+                stderr=subprocess.DEVNULL if quiet else None, env=os.environ | {
+                    "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"})
+            try:
+                process.communicate(json.dumps(job).encode(), STARTING + seconds)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                end(process)
+            ended, began = time.time(), 0.0
+            reports.seek(0)
+            for line in reports:
                 mine, _, text = line.partition(b" ")
-                if mine.decode("ascii", "replace") != token:
-                    continue  # not ours: the attempt wrote it
-                report = json.loads(text)
-                if "ready" in report:
-                    timer.cancel()
-                    timer, began = clock(seconds)
-                else:
-                    claims[report["claim"]].update(report)
-            process.wait()
-        except OSError as error:
-            said = f"the process could not be used: {error}"
-        finally:
-            timer.cancel()
-            end(process)
-        if late:
-            said = (f"no end after {seconds:.0f} seconds: a loop without end?"
-                    if late != [STARTING] else "torch did not start in time: a busy machine?")
-        elif not said and any(c["said"] == "not tried" for c in claims.values()):
+                if mine == token.encode():  # else the attempt wrote it
+                    report = json.loads(text)
+                    began = report.get("began", began)
+                    if "claim" in report:
+                        claims[report["claim"]].update(report)
+        taken, said = ended - began if began else 0.0, ""
+        if any(claim["said"] == "not tried" for claim in claims.values()):
             said = (f"the process ended in the middle (status {process.returncode}): what ends it "
                     f"proves nothing")
-        return {"claims": list(claims.values()), "said": said,
-                "seconds": round(time.monotonic() - began, 1)}
-
-    def start(self, quiet):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-        return subprocess.Popen(
-            [sys.executable, "-B", "-W", "ignore", "tests/classroom/judge.py"], cwd=self.folder,
-            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            stderr=subprocess.DEVNULL if quiet else None)
+            if taken > seconds:
+                said = f"no end after {seconds:.0f} seconds: a loop without end?"
+            if not began:
+                said = "torch did not start in time: a busy machine?"
+        return {"claims": list(claims.values()), "said": said, "seconds": round(taken, 1)}
 
 
 def end(process):
