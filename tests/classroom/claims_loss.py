@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from classroom.checks import (Broken, alike, claim, dice, expect, flat, gradients, plain, require,
+from classroom.checks import (Broken, alike, claim, dice, expect, gradients, numbers, require,
                               require_gradient, require_value_error, shares, table)
 from spin_loss import LOSSES
 
@@ -49,7 +49,7 @@ def log_p_is_the_logit_minus_log_sum_exp(m):
 @claim(FILE, "token_logps")
 def large_logits_do_not_overflow(m):
     got = m.token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
-    require(all(map(math.isfinite, flat(plain(got)))), "with logits of ±1000 exp overflows; "
+    require(bool(numbers(got).isfinite().all()), "with logits of ±1000 exp overflows; "
             "subtract the largest logit first, as log_softmax does")
     expect(got, [-2000.0], what="with logits of ±1000 log p")
 
@@ -269,9 +269,9 @@ def gradient_pushes_the_real_response_up_and_the_generated_one_down(m):
 # --- pair_loss -----------------------------------------------------------------------------------
 
 
-def pair_case(P=2, N=3, grad=False):
+def pair_case(P=2, N=3):
     rng = dice("pairs")
-    return (table(rng, P, N, low=-4, high=-1, grad=grad), table(rng, P, N, low=-4, high=-1),
+    return (table(rng, P, N, low=-4, high=-1), table(rng, P, N, low=-4, high=-1),
             shares(rng, P, N), shares(rng, P, N))
 
 
@@ -283,12 +283,12 @@ def spin_loss_alone(m):
 def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):
     spin_loss_alone(m)
     P, N = player.shape
-    numbers = [x.tolist() for x in (player, opponent, real, generated)]
+    tables = [x.tolist() for x in (player, opponent, real, generated)]
 
     def each(rule, lam=lam, loss=loss):
         """Σ weight · ℓ(r, s) for each prompt; rule(i, j, x, o, a, b) gives (weight, r, s)."""
         return [sum(weight * written_out(loss, r, s, lam) for i in range(N) for j in range(N)
-                    for weight, r, s in [rule(i, j, *prompt)]) for prompt in zip(*numbers)]
+                    for weight, r, s in [rule(i, j, *prompt)]) for prompt in zip(*tables)]
     weighed = lambda weight: each(lambda i, j, x, o, a, b: (
         weight(i, j, a, b), x[i] - o[i], x[j] - o[j]))
     pair = lambda i, j, x, o, a, b: (a[i] * b[j], x[i] - o[i], x[j] - o[j])
@@ -323,17 +323,6 @@ def it_is_the_mean_over_all_pairs_of_a_prompt(m):
 
 
 @claim(FILE, "pair_loss")
-def prompts_are_not_mixed(m):
-    player, opponent, real, generated = pair_case(P=3)
-    check_pairs(m, player, opponent, real, generated)
-    spin_loss_alone(m)
-    alone = [m.pair_loss(player[p:p + 1], opponent[p:p + 1], real[p:p + 1], generated[p:p + 1],
-                         2.0)[0] for p in range(3)]
-    expect(m.pair_loss(player, opponent, real, generated, 2.0), torch.stack(alone),
-           what="beside other prompts the loss of a prompt")
-
-
-@claim(FILE, "pair_loss")
 def a_response_without_weight_changes_nothing(m):
     """Padding, say, whatever its log-ratio: 0 · ∞ must not become NaN, nor its gradient."""
     player, opponent, real, generated = pair_case()
@@ -345,16 +334,9 @@ def a_response_without_weight_changes_nothing(m):
         expect(got, m.pair_loss(player, opponent, real, generated, 2.0, "exponential"), {
             "0 · ∞ is NaN: mask the log-ratios of pairs without weight before the loss":
                 [math.nan] * 2}, "with padding the loss")
-        gradient, = gradients(got, wide)
+        gradient, = require_gradient(got, wide)
         require(bool(gradient.isfinite().all()), "0 · ∞ makes the gradient NaN: mask the "
                 "log-ratios of pairs without weight before the loss")
-
-
-@claim(FILE, "pair_loss")
-def a_gradient_reaches_the_player(m):
-    spin_loss_alone(m)
-    player, opponent, real, generated = pair_case(grad=True)
-    require_gradient(m.pair_loss(player, opponent, real, generated, 2.0), player)
 
 
 # --- mass_anchor ---------------------------------------------------------------------------------
@@ -402,22 +384,12 @@ def it_is_minus_log_m_for_each_prompt(m):
 
 
 @claim(FILE, "mass_anchor")
-def it_is_zero_where_nothing_leaks_and_an_excess_is_free(m):
-    """The mean of p_θ/p_t over y' ~ p_t is Σ p_θ = 1; one prompt's excess helps no other."""
-    opponent, player = (shares(dice(name), 1, 4).log() for name in "op")
-    check_anchor(m, player, opponent, opponent.exp())
-    both = torch.tensor([[-2 + math.log(0.5)] * 2, [-1 + math.log(2)] * 2]).double()
-    check_anchor(m, both, torch.tensor([[-2.0, -2.0], [-1.0, -1.0]]).double(),
-                 torch.full((2, 2), 0.5).double())
-
-
-@claim(FILE, "mass_anchor")
 def huge_and_tiny_ratios_stay_finite(m):
     half = torch.tensor([[0.5, 0.5]]).log()
     for shift, right in ((-200.0, 200.0), (200.0, 0.0)):
         player = torch.tensor([[-5.0 + shift, -6.0 + shift]], requires_grad=True)
         got = m.mass_anchor(player, torch.tensor([[-5.0, -6.0]]), half)
-        value = flat(plain(got))[0]
+        value = numbers(got).sum().item()
         require(math.isfinite(value), f"a ratio of e^{shift:g} gives {value}: use logarithms "
                 f"throughout (logsumexp), no exp before the sum")
         expect(value, right, {"below some m the anchor no longer grows: do not clamp m from below":
@@ -467,34 +439,15 @@ def it_is_the_formula_in_logarithms_row_by_row(m):
 
 
 @claim(FILE, "optimal_next_policy")
-def lambda_1_arrives_at_p_data(m):
-    data = shares(dice("one"), 4).log()
-    expect(m.optimal_next_policy(data, shares(dice("two"), 4).log(), 1.0), data,
-           what="with λ = 1 log p_{t+1}")
-
-
-@claim(FILE, "optimal_next_policy")
-def no_policy_has_a_lower_loss(m):
-    """The slope of Σ p_data(y) p_t(y') ℓ(λ(r(y) − r(y'))) is 0 there, in each log p."""
-    data, opponent, lam = shares(dice("slope"), 4).log(), shares(dice("slopes"), 4).log(), 1.7
-    best = m.optimal_next_policy(data, opponent, lam).detach().requires_grad_()
-    r = best - opponent
-    loss = ((data[:, None] + opponent).exp() * F.softplus(-lam * (r[:, None] - r))).sum()
-    slope, = torch.autograd.grad(loss, best)
-    require(float(slope.abs().max()) < 1e-6, f"a policy near yours has a lower loss: its slope in "
-            f"log p_{{t+1}} is {float(slope.abs().max()):.3f}, at an optimum it is 0")
-
-
-@claim(FILE, "optimal_next_policy")
 def probability_zero_and_what_the_theorem_excludes(m):
     data, half = torch.tensor([0.75, 0.25, 0.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
     opponent = torch.tensor([0.25, 0.25, 0.5, 0.0]).log()
     for lam in (0.5, 1.0, 2.0):
         try:
-            got = plain(m.optimal_next_policy(data, opponent, lam))
+            got = numbers(m.optimal_next_policy(data, opponent, lam))
         except ValueError:
             raise Broken("p_t = 0 is refused where p_data = 0 too; there it is allowed") from None
-        require(not any(x != x for x in flat(got)), "NaN where p_data is 0: −inf · 0 or inf − inf; "
+        require(not bool(got.isnan().any()), "NaN where p_data is 0: −inf · 0 or inf − inf; "
                 "put −inf there before you normalise")
         power = [0.25 * (p / 0.25) ** (1 / lam) for p in (0.75, 0.25)]
         expect(got, [math.log(p / sum(power)) for p in power] + [-math.inf] * 2,
@@ -559,8 +512,8 @@ def probability_zero_adds_nothing_and_may_be_left_out(m):
         check_floor(m, torch.tensor(data).double(), torch.tensor(opponent).double())
     data, opponent = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.2, 0.3]).double()
     whole = (data[:, None] * opponent / 0.5)
-    if alike(plain(m.loss_floor(data.log(), opponent.log())),
-             float((whole * torch.log1p(whole.T / whole)).sum())):
+    if alike(m.loss_floor(data.log(), opponent.log()),
+             (whole * torch.log1p(whole.T / whole)).sum()):
         raise Broken("p_t was normalised: leave it as it is, so that what is left out adds nothing")
     check_floor(m, data, opponent)
 
@@ -576,12 +529,12 @@ def leading_axes_are_a_batch(m):
 # --- FusedLogps.backward -------------------------------------------------------------------------
 
 
-def check_backward(m, columns, equal=False, again=False):
+def check_backward(m, columns, again=False):
     """Both gradients of the kernel, with blocks of so many columns, beside those of log_softmax."""
     m.BLOCK_LOGITS, m.LEAST_COLUMNS, m.compiled = {"cpu": 0}, columns, lambda body, device: body
     rng, V = dice("backward"), 7
     h, W = table(rng, 4, 3), table(rng, V, 3)
-    y = torch.tensor([0 if equal else rng.randrange(V) for _ in range(6)])
+    y = torch.tensor([rng.randrange(V) for _ in range(4)] + [0, 0])  # twice that of one state
     row, g = torch.tensor([2, 0, 1, 3, 2, 2]), table(rng, 6, low=0.3, high=2)
     top, logits = (h @ W.T).amax(1), h @ W.T
     saved = h, W, y, row, top, (logits - top[:, None]).exp().sum(1)
@@ -627,11 +580,6 @@ def check_backward(m, columns, equal=False, again=False):
 def both_gradients_are_those_of_log_softmax(m):
     for columns in (3, 1, 2, 7, 64):
         check_backward(m, columns)
-
-
-@claim(FILE, "FusedLogps.backward")
-def targets_of_one_state_add_up_and_so_do_equal_ones(m):
-    check_backward(m, 3, equal=True)
 
 
 @claim(FILE, "FusedLogps.backward")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from classroom.checks import (Broken, claim, dice, expect, plain, require, require_gradient, shares,
-                              table)
+from classroom.checks import (Broken, claim, dice, expect, numbers, require, require_gradient,
+                              require_tensor, shares, table)
 from classroom.claims_loss import spin_loss_alone
 
 # --- sft_loss ------------------------------------------------------------------------------------
@@ -650,7 +650,7 @@ def its_mean_is_the_loss_over_all_pairs(m):
             r[:, :, None], r[:, None, :], 0.0, 0.0, lam, loss)).sum((1, 2))
     close = lambda value: value.shape == got.shape and bool(
         (got - value).abs().max() < 0.02 * float(value.mean()))
-    plain(got)
+    require_tensor(got)
     require(list(got.shape) == [2], f"one loss for each prompt, [2], not {list(got.shape)}")
     even = torch.full_like(real, 1 / 3)
     for words, wrong in {"y and y' are exchanged": of(generated, real),
@@ -665,8 +665,8 @@ def its_mean_is_the_loss_over_all_pairs(m):
                              of(real, generated) * 40_000,
                          "y' comes from real_PN": of(real, real)}.items():
         require(close(of(real, generated)) or not close(wrong), words)
-    require(close(of(real, generated)), f"the mean of 40,000 pairs is {plain(got)}, expected "
-            f"{plain(of(real, generated))} within its noise")
+    require(close(of(real, generated)), f"the mean of 40,000 pairs is {got.tolist()}, expected "
+            f"{of(real, generated).tolist()} within its noise")
 
 
 @claim(VARIANTS, "sampled_pair_loss")
@@ -675,7 +675,7 @@ def it_draws_n_pairs_anew_and_passes_the_gradient(m):
     rng = dice("few pairs")
     player, even = table(rng, 1, 50, low=-4, grad=True), torch.full((1, 50), 0.02).double()
     args = player, table(rng, 1, 50, low=-4), even, even, 1.0
-    values = {str(plain(m.sampled_pair_loss(*args, n=3))) for _ in range(8)}
+    values = {str(numbers(m.sampled_pair_loss(*args, n=3)).tolist()) for _ in range(8)}
     require(len(values) == 8, "each call draws new pairs; yours gives equal values twice")
     gradient, = require_gradient(m.sampled_pair_loss(*args, n=3), player)
     count = int((gradient != 0).sum())
