@@ -9,8 +9,6 @@ from classroom.checks import (Broken, alike, claim, dice, expect, gradients, num
                               require_gradient, require_value_error, shares, table)
 from spin_loss import LOSSES
 
-FILE = "spin_loss.py"
-
 # --- token_logps ---------------------------------------------------------------------------------
 
 
@@ -40,13 +38,13 @@ def check_token(got, hidden_UD, weight_VD, targets_N, state_N=None):
             p_UV[own, targets_N].log()})
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def log_p_is_the_logit_minus_log_sum_exp(m):
     case = token_case("softmax")
     check_token(m.token_logps(*case), *case)
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def large_logits_do_not_overflow(m):
     got = m.token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
     require(bool(numbers(got).isfinite().all()), "with logits of ±1000 exp overflows; "
@@ -54,7 +52,7 @@ def large_logits_do_not_overflow(m):
     expect(got, [-2000.0], what="with logits of ±1000 log p")
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def several_targets_may_share_one_state(m):
     hidden_UD, weight_VD, _ = token_case("rows", U=3)
     targets_N, state_N = torch.tensor([4, 0, 2, 1, 3]), torch.tensor([2, 0, 0, 1, 2])
@@ -62,7 +60,7 @@ def several_targets_may_share_one_state(m):
     check_token(got, hidden_UD, weight_VD, targets_N, state_N)
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def gradients_reach_states_and_weights(m):
     hidden_UD, weight_VD, targets_N = token_case("gradient", grad=True)
     got, _ = require_gradient(m.token_logps(hidden_UD, weight_VD, targets_N), hidden_UD, weight_VD)
@@ -70,7 +68,7 @@ def gradients_reach_states_and_weights(m):
     expect(got, (F.one_hot(targets_N, 5) - p_UV) @ weight_VD, what="the gradient of the states")
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def fused_is_the_kernel_and_other_names_are_refused(m):
     """"fused" is FusedLogps.apply, here a stand-in that shows what it was given."""
     def apply(hidden_UD, weight_VD, targets_N, state_N):
@@ -153,31 +151,31 @@ def check_sequence(m, rows):
     expect(sequence(m, rows)[0], right, wrong)
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def token_is_scored_by_the_logits_before_it(m):
     check_sequence(m, [([0, 2], [1, 2, END], [])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def logprob_is_a_sum_over_response_tokens_not_a_mean(m):
     for n in (1, 2, 5):
         check_sequence(m, [([0], [1] * n + [END], [])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def prompt_and_padding_are_not_scored(m):
     check_sequence(m, [([0, 1, 2], [1, 0, END], [0, 1])])
     check_sequence(m, [([2], [0, 2, END], [1, 2])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def end_token_is_scored(m):
     """Once, with its own probability; else a response would look as likely as its beginning."""
     check_sequence(m, [([0, 1], [2, END], [0]), ([1, 0], [1, END], [0])])
     check_sequence(m, [([0], [END], [0]), ([1], [END], [0])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def each_row_gets_its_own_sum_and_the_implementation_is_passed_on(m):
     check_sequence(m, [([0, 1, 2], [2, END], [0, 0]), ([1], [0, 1, 2, 0, 2, END], []),
                        ([2, 2], [1, 0, END], [0, 0])])
@@ -229,13 +227,13 @@ def check_spin(m, lam, loss="logistic", B=5):
             [written_out("logistic", p - op, g - og, lam) for p, g, op, og in rows]}, "the loss")
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def loss_is_its_formula_written_out(m):
     for lam in (0.1, 2.0, 3.0):
         check_spin(m, lam)
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def loss_is_log_2_when_player_equals_opponent(m):
     real, generated = table(dice("same"), 3, low=-9), table(dice("too"), 3, low=-9)
     expect(m.spin_loss(real, generated, real, generated, 5.0), [math.log(2)] * 3, {
@@ -244,7 +242,7 @@ def loss_is_log_2_when_player_equals_opponent(m):
         "0 instead of log 2: ℓ(0) = log(1 + e^0)": [0.0] * 3}, "the loss")
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def every_loss_in_the_table_can_be_chosen(m):
     """Those of the paper, SPACE, and whatever else is put there."""
     for loss in ("hinge", "exponential", "correlation", "space"):
@@ -258,7 +256,7 @@ def every_loss_in_the_table_can_be_chosen(m):
                         'loss="focal" is accepted; an unknown name must raise ValueError')
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def gradient_pushes_the_real_response_up_and_the_generated_one_down(m):
     four = [table(dice(n), 4, low=-3, high=-1, grad=True) for n in range(4)]
     real, generated = require_gradient(m.spin_loss(*four, 2.0), *four[:2])
@@ -316,13 +314,13 @@ def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):
         "λ is missing": each(pair, lam=1.0)}, "the loss")
 
 
-@claim(FILE, "pair_loss")
+@claim("spin_loss.py", "pair_loss")
 def it_is_the_mean_over_all_pairs_of_a_prompt(m):
     check_pairs(m, *pair_case())
     check_pairs(m, *pair_case(), lam=0.5, loss="exponential")
 
 
-@claim(FILE, "pair_loss")
+@claim("spin_loss.py", "pair_loss")
 def a_response_without_weight_changes_nothing(m):
     """Padding, say, whatever its log-ratio: 0 · ∞ must not become NaN, nor its gradient."""
     player, opponent, real, generated = pair_case()
@@ -372,7 +370,7 @@ def check_anchor(m, player, opponent, share):
         "the anchor")
 
 
-@claim(FILE, "mass_anchor")
+@claim("spin_loss.py", "mass_anchor")
 def it_is_minus_log_m_for_each_prompt(m):
     """All ratios small; both kinds, with shares below 1 in sum and padding; all large."""
     rng = dice("anchor")
@@ -383,7 +381,7 @@ def it_is_minus_log_m_for_each_prompt(m):
     check_anchor(m, opponent - fall, opponent, share)
 
 
-@claim(FILE, "mass_anchor")
+@claim("spin_loss.py", "mass_anchor")
 def huge_and_tiny_ratios_stay_finite(m):
     half = torch.tensor([[0.5, 0.5]]).log()
     for shift, right in ((-200.0, 200.0), (200.0, 0.0)):
@@ -399,7 +397,7 @@ def huge_and_tiny_ratios_stay_finite(m):
         require(bool(gradient.isfinite().all()), f"the gradient at e^{shift:g} is not finite")
 
 
-@claim(FILE, "mass_anchor")
+@claim("spin_loss.py", "mass_anchor")
 def its_slope_is_one_for_each_nat_that_leaks(m):
     """However small the leak: c nats off every log p_θ cost c."""
     opponent = shares(dice("slope"), 1, 4).log()
@@ -432,13 +430,13 @@ def check_theorem(m, data, opponent, lam):
         "log p_{t+1}")
 
 
-@claim(FILE, "optimal_next_policy")
+@claim("spin_loss.py", "optimal_next_policy")
 def it_is_the_formula_in_logarithms_row_by_row(m):
     for lam in (0.7, 2.0, 5.0):
         check_theorem(m, shares(dice("d"), 3, 5).log(), shares(dice("o"), 3, 5).log(), lam)
 
 
-@claim(FILE, "optimal_next_policy")
+@claim("spin_loss.py", "optimal_next_policy")
 def probability_zero_and_what_the_theorem_excludes(m):
     data, half = torch.tensor([0.75, 0.25, 0.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
     opponent = torch.tensor([0.25, 0.25, 0.5, 0.0]).log()
@@ -490,13 +488,13 @@ def check_floor(m, data, opponent):
         "it is always log 2: your p₊ and p₋ are the same": log2}, "the floor")
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def it_is_what_is_left_at_the_best_margin_of_each_pair(m):
     check_floor(m, shares(dice("floor"), 5), shares(dice("floor o"), 5))
     check_floor(m, torch.tensor([0.9, 0.1]).double(), torch.tensor([0.1, 0.9]).double())
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def it_is_log_2_when_the_opponent_is_perfect(m):
     data = shares(dice("perfect"), 4).log()
     expect(m.loss_floor(data, data), math.log(2), {
@@ -504,7 +502,7 @@ def it_is_log_2_when_the_opponent_is_perfect(m):
         "the floor against p_t = p_data")
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def probability_zero_adds_nothing_and_may_be_left_out(m):
     """Where p_data leaves responses out, p_t sums to less than 1, and is not normalised."""
     for data, opponent in (([0.5, 0.5, 0.0], [0.2, 0.2, 0.6]), ([0.5, 0.5, 0.0], [0.5, 0.5, 0.0]),
@@ -518,7 +516,7 @@ def probability_zero_adds_nothing_and_may_be_left_out(m):
     check_floor(m, data, opponent)
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def leading_axes_are_a_batch(m):
     data, opponent = shares(dice("batch"), 2, 3), shares(dice("floors"), 2, 3)
     plus = data[:, :, None] * opponent[:, None, :]
@@ -576,13 +574,13 @@ def check_backward(m, columns, again=False):
                 "where ctx.needs_input_grad is False, None is expected")
 
 
-@claim(FILE, "FusedLogps.backward")
+@claim("spin_loss.py", "FusedLogps.backward")
 def both_gradients_are_those_of_log_softmax(m):
     for columns in (3, 1, 2, 7, 64):
         check_backward(m, columns)
 
 
-@claim(FILE, "FusedLogps.backward")
+@claim("spin_loss.py", "FusedLogps.backward")
 def a_second_backward_pass_finds_the_same_gradient(m):
     for columns in (3, 64):
         check_backward(m, columns, again=True)

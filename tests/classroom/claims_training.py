@@ -595,8 +595,6 @@ def nothing_known_or_nothing_else_sampled(m):
 
 # --- variants ------------------------------------------------------------------------------------
 
-VARIANTS = "tests/classroom/variants.py"
-
 
 def play_with_history(m, t):
     """What self_play_with_history samples, [(model, t)], and what it hands on."""
@@ -613,7 +611,7 @@ def play_with_history(m, t):
     return calls, got
 
 
-@claim(VARIANTS, "self_play_with_history")
+@claim("tests/classroom/variants.py", "self_play_with_history")
 def both_iterations_count_from_the_second_on(m):
     calls, _ = play_with_history(m, 0)
     require(calls == [("p_0", 0)], f"in iteration 0 there is nothing before; you sample {calls}")
@@ -629,7 +627,7 @@ def both_iterations_count_from_the_second_on(m):
         require(samples == right, "the counts of both iterations should be added, prompt by prompt")
 
 
-@claim(VARIANTS, "self_play_with_history")
+@claim("tests/classroom/variants.py", "self_play_with_history")
 def all_responses_are_scored_by_the_opponent_of_this_iteration(m):
     for t in (0, 1, 3):
         _, (_, opponent) = play_with_history(m, t)
@@ -637,7 +635,7 @@ def all_responses_are_scored_by_the_opponent_of_this_iteration(m):
                 f"also for responses of the one before")
 
 
-@claim(VARIANTS, "sampled_pair_loss")
+@claim("tests/classroom/variants.py", "sampled_pair_loss")
 def its_mean_is_the_loss_over_all_pairs(m):
     spin_loss_alone(m)
     rng = dice("sampled pairs")
@@ -669,7 +667,7 @@ def its_mean_is_the_loss_over_all_pairs(m):
             f"{of(real, generated).tolist()} within its noise")
 
 
-@claim(VARIANTS, "sampled_pair_loss")
+@claim("tests/classroom/variants.py", "sampled_pair_loss")
 def it_draws_n_pairs_anew_and_passes_the_gradient(m):
     spin_loss_alone(m)
     rng = dice("few pairs")
