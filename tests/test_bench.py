@@ -69,12 +69,6 @@ def test_growth(capsys):
     assert all(float(x) > 0 for x in table(capsys)["length 60"][1:])
 
 
-def test_without_a_gpu_it_says_so(capsys):
-    if not torch.cuda.is_available():
-        gpu.main(quick=True)
-        assert "no GPU" in capsys.readouterr().out
-
-
 def test_the_table_of_a_gpu_on_a_pretended_one(monkeypatch, capsys, stages):
     monkeypatch.setattr(gpu, "stages", lambda *_, **__: stages)
     monkeypatch.setattr(gpu, "QUICK", step.QUICK | {"iters": 1})

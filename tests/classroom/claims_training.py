@@ -431,15 +431,13 @@ def every_prefix_is_read_once(m):
         _, _, read = one_row(m, prompt, responses)
         wanted = {tuple(prompt[:n + 1]) for n in range(len(prompt))}
         wanted |= {(*prompt, *y[:k]) for y in responses for k in range(1, len(y))}
-        twice = [x for x, n in Counter(read).items() if n > 1]
-        require(not twice, f"the prefix {some(*twice[:1])} is read by two places: a response "
-                f"shares the places of the one before, as far as they are alike" if twice else "")
-        extra = [x for x in read if x not in wanted]
-        whole = extra and extra[0][len(prompt):] in responses
-        require(not whole, f"a place reads the last token of {some(*extra[:1])}: nothing follows "
-                f"it, so it is a target but no place" if whole else "")
-        require(not extra, f"a place reads {some(*extra[:1])}, which begins no response: is its "
-                f"position the number of its ancestors?" if extra else "")
+        for x in read:
+            require(read.count(x) == 1, f"the prefix {some(x)} is read by two places: a response "
+                    f"shares the places of the one before, as far as they are alike")
+            require(x in wanted or x[len(prompt):] not in responses, f"a place reads the last "
+                    f"token of {some(x)}: nothing follows it, so it is a target but no place")
+            require(x in wanted, f"a place reads {some(x)}, which begins no response: is its "
+                    f"position the number of its ancestors?")
         require(set(read) == wanted, "a prefix is read by no place")
 
 

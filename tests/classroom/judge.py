@@ -201,12 +201,14 @@ class CleanCopy:
                 cwd=self.folder, stdin=subprocess.PIPE, stdout=reports, start_new_session=True,
                 stderr=subprocess.DEVNULL if quiet else None, env=os.environ | {
                     "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"})
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(json.dumps(job).encode(), STARTING + seconds)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                end(process)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
+                else:
+                    process.kill()
+            process.wait()
             ended, began = time.time(), 0.0
             reports.seek(0)
             for line in reports:
@@ -225,18 +227,6 @@ class CleanCopy:
             if not began:
                 said = "torch did not start in time: a busy machine?"
         return {"claims": list(claims.values()), "said": said, "seconds": round(taken, 1)}
-
-
-def end(process):
-    """End a process, and on Linux and macOS those that it started."""
-    if hasattr(os, "killpg"):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-    elif process.poll() is None:
-        process.kill()
-    process.wait()
 
 
 if __name__ == "__main__":
