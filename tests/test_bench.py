@@ -56,8 +56,7 @@ def test_a_part_of_a_step_takes_about_200_operations(t):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_fused(monkeypatch, capsys):
-    monkeypatch.setattr(fused, "in_own_process", fused.measure)
+def test_fused(capsys):
     fused.main(quick=True)
     rows = table(capsys)
     assert all(float(x) > 0 for way in ("eager", "fused") for x in rows[way][:2])

@@ -474,17 +474,14 @@ def check_floor(m, data, opponent):
         "NaN where a probability is 0: 0 · log(0/0) and −inf − (−inf) must become 0": math.nan,
         "log 2 − JSD holds for whole distributions only, and here p_t sums to less than 1":
             log2 - jsd,
-        "this is the JSD itself": jsd, "this is log 2 + JSD": log2 + jsd,
+        "this is the JSD itself": jsd,
         "this is log 2 − 2 JSD: the JSD is half the sum of the two KLs": log2 - 2 * jsd,
         "this is the JSD of p_data and p_t; p₊ and p₋ are distributions of pairs (y, y')":
             log2 - single,
         "a KL(p₊‖p₋) stands where the JSD belongs": log2 - kl(plus, minus),
         "log 2 is missing: this is −JSD": -jsd,
-        "this is a mean over pairs; they are weighed by p₊": right / plus.numel(),
         "p₊ is not used as a weight: this is the mean over pairs":
             float(torch.log1p(minus / plus).mean()),
-        "p₊ and p₋ are exchanged within the logarithm": float(torch.where(
-            minus > 0, plus * torch.log1p(plus / minus), 0.0).sum()),
         "it is always log 2: your p₊ and p₋ are the same": log2}, "the floor")
 
 
