@@ -151,9 +151,7 @@ def grade(n, args):
     if not args.what or not 0 < args.minutes < 1e4 or args.jobs < 1:
         raise Refusal("grade needs the folders of the submissions, or a folder that holds them; "
                       "--minutes and --jobs must be more than 0")
-    width = max([12, *(len(f.resolve().name) for f in grading.submissions(args.what))]) + 2
-    row = lambda name, *cells: print(f"{name:<{width}}" + "".join(f"{c:>6}" for c in cells),
-                                     flush=True)
+    row = lambda name, *cells: print(f"{name:<24}" + "".join(f"{c:>7}" for c in cells), flush=True)
     row("exercise", *chosen(args), "points")
 
     def saying(result):
