@@ -151,6 +151,7 @@ def grade(n, args):
     if not args.what or not 0 < args.minutes < 1e4 or args.jobs < 1:
         raise Refusal("grade needs the folders of the submissions, or a folder that holds them; "
                       "--minutes and --jobs must be more than 0")
+    found = grading.submissions(args.what)
     row = lambda name, *cells: print(f"{name:<24}" + "".join(f"{c:>7}" for c in cells), flush=True)
     row("exercise", *chosen(args), "points")
 
@@ -159,7 +160,7 @@ def grade(n, args):
             result["points"])
         return result
     seed = args.seed or secrets.token_hex(8)
-    results = grading.grade(args.what, chosen(args), Workspace(ROOT).reference(), args.minutes,
+    results = grading.grade(found, chosen(args), Workspace(ROOT).reference(), args.minutes,
                             args.jobs, seed, saying)
     for result in results:
         for line in grading.remarks(result):

@@ -108,10 +108,9 @@ def grade_one(folder, chosen, reference, clean, minutes, seed) -> dict:
 
 def grade(folders, chosen, reference, minutes, jobs, seed, saying) -> list[dict]:
     """Grade all submissions, `jobs` at a time; saying(result) after each, in order."""
-    found = submissions(folders)
     with CleanCopy(reference) as clean, ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(grade_one, folder, chosen, reference, clean, minutes, seed)
-                   for folder in found]
+                   for folder in folders]
         try:
             return [saying(one.result()) for one in waiting]
         finally:
