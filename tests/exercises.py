@@ -35,10 +35,7 @@ SECONDS = 30  # for a `check`, beyond the start of torch
 def notes(n, **change):
     """What out/exercises.json remembers of exercise n, after a change to it."""
     path = ROOT / "out" / "exercises.json"
-    try:
-        known = {str(m): dict(entry) for m, entry in json.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError, AttributeError, TypeError):  # none yet, or not ours any more
-        known = {}
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if change:
         known[str(n)] = known.get(str(n), {}) | change
         path.parent.mkdir(exist_ok=True)
@@ -154,9 +151,8 @@ def grade(n, args):
     if not args.what or not 0 < args.minutes < 1e4 or args.jobs < 1:
         raise Refusal("grade needs the folders of the submissions, or a folder that holds them; "
                       "--minutes and --jobs must be more than 0")
-    width = max([12, *(len(f.resolve().name) for f in grading.submissions(args.what))]) + 2
-    row = lambda name, *cells: print(f"{name:<{width}}" + "".join(f"{c:>6}" for c in cells),
-                                     flush=True)
+    found = grading.submissions(args.what)
+    row = lambda name, *cells: print(f"{name:<24}" + "".join(f"{c:>7}" for c in cells), flush=True)
     row("exercise", *chosen(args), "points")
 
     def saying(result):
@@ -164,23 +160,19 @@ def grade(n, args):
             result["points"])
         return result
     seed = args.seed or secrets.token_hex(8)
-    results = grading.grade(args.what, chosen(args), Workspace(ROOT).reference(), args.minutes,
+    results = grading.grade(found, chosen(args), Workspace(ROOT).reference(), args.minutes,
                             args.jobs, seed, saying)
     for result in results:
         for line in grading.remarks(result):
             print(f"{result['name']}, exercise {line}")
     if args.json:
-        grading.write_json(args.json, results, seed)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line on an error."""
-    def error(self, message):
-        raise Refusal(message)
+        text = json.dumps({"seed": seed, "submissions": results}, indent=1, ensure_ascii=False)
+        Path(args.json).write_text(text + "\n", "utf-8")
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = dict(list=list_, start=start, hint=hint, check=check, show=show, restore=restore,
                     handout=handout, grade=grade)
     parser.add_argument("command", choices=commands)
@@ -193,35 +185,20 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
                         help="submissions graded at a time")
     parser.add_argument("--seed", help="of the claims' random inputs; the default is a new one")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's output has no such method
-            stream.reconfigure(errors="replace")  # a terminal without λ shows ?
+    args, n = parser.parse_args(argv), None
     try:
-        try:
-            args, n = parser.parse_args(argv), None
-            if args.command not in ("handout", "grade") and (args.what or args.command != "list"):
-                n = int(args.what[0]) if len(args.what) == 1 and args.what[0].isdecimal() else 0
-                if not 1 <= n <= len(TEXTS):
-                    raise Refusal(f"{args.command} needs a number from 1 to {len(TEXTS)}; `list` "
-                                  f"shows them")
-            commands[args.command](n, args)
-        finally:
-            sys.stdout.flush()  # a closed pipe is met here, not when Python ends
-    except BrokenPipeError:  # `… | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # what a shell reports of a program that a closed pipe ends
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (Refusal, OSError) as error:
-        sys.exit(refused(error))
+        if args.command not in ("handout", "grade") and (args.what or args.command != "list"):
+            n = int(args.what[0]) if len(args.what) == 1 and args.what[0].isdecimal() else 0
+            if not 1 <= n <= len(TEXTS):
+                raise Refusal(f"{args.command} needs a number from 1 to {len(TEXTS)}; `list` shows "
+                              f"them")
+        commands[args.command](n, args)
     except SyntaxError as error:
-        sys.exit(refused(f"a file cannot be read as Python: {error}"))
-
-
-def refused(why) -> int:
-    print(f"exercises.py: {' '.join(str(why).split())}", file=sys.stderr)
-    return 2
+        sys.exit(f"exercises.py: a file cannot be read as Python: {error}")
+    except (Refusal, OSError) as error:
+        sys.exit(f"exercises.py: {error}")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without λ shows ?
     main()

@@ -56,8 +56,7 @@ def test_a_part_of_a_step_takes_about_200_operations(t):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_fused(monkeypatch, capsys):
-    monkeypatch.setattr(fused, "in_own_process", fused.measure)
+def test_fused(capsys):
     fused.main(quick=True)
     rows = table(capsys)
     assert all(float(x) > 0 for way in ("eager", "fused") for x in rows[way][:2])
@@ -67,12 +66,6 @@ def test_fused(monkeypatch, capsys):
 def test_growth(capsys):
     growth.main(["length 60"], quick=True)
     assert all(float(x) > 0 for x in table(capsys)["length 60"][1:])
-
-
-def test_without_a_gpu_it_says_so(capsys):
-    if not torch.cuda.is_available():
-        gpu.main(quick=True)
-        assert "no GPU" in capsys.readouterr().out
 
 
 def test_the_table_of_a_gpu_on_a_pretended_one(monkeypatch, capsys, stages):

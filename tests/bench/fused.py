@@ -5,11 +5,9 @@
 
 Time is that of forward and backward pass, as a multiple of the three bare matrix products
 (Z = H Wᵀ, dH = Z W, dW = Zᵀ H), which take turns with it. Memory is the most that is held above the
-inputs; the gradients dH and dW count. Each way is measured in a process of its own.
+inputs; the gradients dH and dW count.
 Dimensions: N tokens, D width, V vocabulary.
 """
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from spin_loss import token_logps  # noqa: E402
 
 
 def measure(way, N, D, V, device) -> dict:
-    """One way at one shape, in this process."""
+    """One way at one shape."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     h_ND = torch.randn(N, D, device=device, requires_grad=True)
@@ -45,24 +43,14 @@ def measure(way, N, D, V, device) -> dict:
     return {"seconds": found["own"], "ratio": found["own"] / found["products"], "memory": memory}
 
 
-def in_own_process(way, N, D, V, device) -> dict:
-    """`measure` in a new process."""
-    command = [sys.executable, "-W", "ignore", __file__, way, *map(str, (N, D, V)), device]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-
-
-def main(quick, device="cpu"):
+def main(quick):
     N, D, V = (64, 16, 4096) if quick else (2048, 384, 50257)
-    head(f"log-probs, N = {N}, D = {D}, V = {V:,}, {device}", "seconds", "time / three products",
+    head(f"log-probs, N = {N}, D = {D}, V = {V:,}", "seconds", "time / three products",
          "memory, MB")
     for way in ("eager", "fused"):
-        found = in_own_process(way, N, D, V, device)
+        found = measure(way, N, D, V, "cpu")
         row(way, show(found["seconds"]), f"{found['ratio']:.2f}", show(found["memory"] / MB))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 6:  # one measurement; `in_own_process` reads what this prints
-        way, N, D, V, device = sys.argv[1:]
-        print(json.dumps(measure(way, int(N), int(D), int(V), device)))
-    else:
-        main("--quick" in sys.argv)
+    main("--quick" in sys.argv)

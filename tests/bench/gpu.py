@@ -5,14 +5,13 @@
 
 The main job runs on the GPU and on the CPU: kernels differ, so numbers do in their last digits, and
 after some hundred steps the policies are as far apart as those of two seeds. Then a training step,
-log-probs at GPT-2's vocabulary, and torchrun with two processes where there are two GPUs. Without a
-GPU it says so. tests/pretend_gpu.py rehearses this on a CPU.
+and log-probs at GPT-2's vocabulary. Without a GPU it says so. tests/pretend_gpu.py rehearses this
+on a CPU.
 
-Reading order: `main_job` → `step`, `waits` → `two_processes` → `main`.
+Reading order: `main_job` → `step`, `waits` → `main`.
 """
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -71,24 +70,12 @@ def waits(stage) -> int:
     return found[2] - found[1]
 
 
-def two_processes(settings) -> tuple[float, list[float]]:
-    """(seconds, KL of each p_t) of a run that torchrun shares among two GPUs."""
-    flags = [text for name, value in settings.items()
-             for text in (f"--{name.replace('_', '-')}", str(value))]
-    with tempfile.TemporaryDirectory() as out:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                        "--nproc_per_node=2", "train.py", "--device", GPU, "--out", out, *flags],
-                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - began, last_kls(out)
-
-
 def main(quick):
     if not torch.cuda.is_available():
         print("bench/gpu.py: torch sees no GPU here, so there is nothing to measure")
         return
     settings, kls = QUICK if quick else {}, lambda found: ", ".join(f"{kl:.4f}" for kl in found)
-    print(f"torch {torch.__version__}; {torch.cuda.get_device_name()}; {machine()}, one thread")
+    print(f"{torch.cuda.get_device_name()}; {machine()}, one thread")
     head("what", "GPU", "CPU")
     on = {device: main_job(device, settings) for device in (GPU, CPU)}
     row("main job, seconds", *(show(on[device][0]) for device in on))
@@ -105,12 +92,6 @@ def main(quick):
         found = measure(way, N, D, V, GPU)
         row(f"log-probs {way}, N = {N}, D = {D}, V = {V:,}: ms, MB",
             f"{1e3 * found['seconds']:.2f}, {show(found['memory'] / MB)}", "")
-    if torch.cuda.device_count() > 1:
-        seconds, found = two_processes(settings)
-        row("main job on two GPUs, seconds", show(seconds), "")
-        row("KL after SFT and each iteration", kls(found), "")
-    else:
-        row("main job on two GPUs", "there is one", "")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ takes turns in one process, so that both meet the same machine; a figure is the 
 """
 import gc
 import platform
+import re
 import statistics
 import time
 from collections import Counter
@@ -17,12 +18,10 @@ MB = 1e6
 
 
 def machine() -> str:
-    """The name of the processor."""
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if "model name" in line:
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+    """Processor, torch."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text("utf-8")) if info.exists() else None
+    return f"{found[1] if found else platform.machine()}, torch {torch.__version__}"
 
 
 def cpu_seconds(run) -> float:

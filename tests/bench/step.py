@@ -114,7 +114,7 @@ def places_of_a_step(stage) -> tuple[float, float]:
 
 def main(quick):
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {machine()}, one thread; default settings of train.py")
+    print(f"{machine()}, one thread; default settings of train.py")
     head("a step of", "response tokens", "places read", "CPU ms", "operations", "waits")
     found = stages(1, **QUICK) if quick else stages()
     names = {f"iteration {stage.t}" if stage.t else "SFT": stage for stage in found}

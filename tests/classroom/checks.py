@@ -62,72 +62,66 @@ def shares(rng, *shape):
 
 # --- comparing -----------------------------------------------------------------------------------
 
-def plain(value, what="your result"):
-    """A tensor as nested lists of numbers. Raises Broken for anything else."""
-    if not isinstance(value, torch.Tensor):
-        kind = "nothing (None)" if value is None else f"of type {type(value).__name__}"
-        raise Broken(f"{what} is {kind}; a torch.Tensor is expected")
-    return value.detach().tolist()
+def require_tensor(value, what="your result"):
+    """Raise Broken unless it is one."""
+    kind = "nothing (None)" if value is None else f"of type {type(value).__name__}"
+    require(torch.is_tensor(value), f"{what} is {kind}; a torch.Tensor is expected")
 
 
-def flat(values):
-    return [x for v in values for x in flat(v)] if isinstance(values, (list, tuple)) else [values]
+def numbers(value, what="the result") -> torch.Tensor:
+    """A number, lists of numbers or a tensor as float64. Raises Broken for anything else."""
+    if isinstance(value, (int, float, list, tuple)):
+        return torch.tensor(value, dtype=torch.float64)
+    require_tensor(value, what)
+    return value.detach().double()
 
 
-def shape_of(values):
-    return [len(values), *shape_of(values[0] if values else 0)] if isinstance(
-        values, (list, tuple)) else []
+def close(one, two):
+    """Which numbers of two tensors of one shape are nearly the same; NaN equals NaN."""
+    return torch.isclose(one, two, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def alike(one, two, tolerance=1e-4):
-    """Whether two nested lists have one shape and nearly the same numbers; NaN equals NaN."""
-    return shape_of(one) == shape_of(two) and all(
-        a == b or abs(a - b) <= tolerance * (1 + abs(b)) < math.inf or (a != a and b != b)
-        for a, b in zip(flat(one), flat(two)))
+def alike(one, two) -> bool:
+    """Whether two results have one shape and nearly the same numbers."""
+    one, two = numbers(one), numbers(two)
+    return one.shape == two.shape and bool(close(one, two).all())
 
 
-def expect(got, right, mistakes=(), what="the result", tolerance=1e-4):
+def expect(got, right, mistakes=(), what="the result"):
     """Raise Broken unless `got` is `right`; say which of the known mistakes gives its value.
 
     mistakes is {what is wrong: the value that it gives}. Values are numbers, lists or tensors.
     """
-    number = lambda x: x if isinstance(x, (int, float, list, tuple)) else plain(x, what)
-    got, right = number(got), number(right)
-    if alike(got, right, tolerance):
+    got, right = numbers(got, what), numbers(right)
+    if alike(got, right):
         return
     for words, value in (dict(mistakes) | anywhere(right)).items():
-        if not alike(number(value), right) and alike(got, number(value)):
+        if not alike(value, right) and alike(got, value):
             raise Broken(f"{words}{first_wrong(got, right)}")
-    if shape_of(got) != shape_of(right):
-        raise Broken(f"{what} has shape {shape_of(got)}, expected {shape_of(right)}")
-    nan = any(x != x for x in flat(got)) and not any(x != x for x in flat(right))
+    if got.shape != right.shape:
+        raise Broken(f"{what} has shape {list(got.shape)}, expected {list(right.shape)}")
+    nan = got.isnan().any() and not right.isnan().any()
     raise Broken(f"{what} is {'NaN in places' if nan else 'not right'}{first_wrong(got, right)}")
 
 
 def anywhere(right) -> dict:
-    """Mistakes that any list of numbers may suffer, in the form of `expect`."""
-    numbers = flat(right)
-    if any(isinstance(x, bool) or not abs(x) < 700 for x in numbers):
-        return {}
-    each = lambda f, x=right: [each(f, y) for y in x] if isinstance(x, list) else f(x)
-    found = {"the sign is wrong": each(lambda x: -x),
-             "this is a probability; its logarithm is asked for": each(math.exp),
-             "this is in bits; nats are asked for": each(lambda x: x / math.log(2))}
-    if len(numbers) > 1:
-        found |= {"this is one number, a sum; one for each is asked for": sum(numbers),
-                  "this is one number, a mean; one for each is asked for":
-                      sum(numbers) / len(numbers)}
+    """Mistakes that any result may suffer, in the form of `expect`."""
+    found = {"the sign is wrong": -right,
+             "this is a probability; its logarithm is asked for": right.exp(),
+             "this is in bits; nats are asked for": right / math.log(2)}
+    if right.numel() > 1:
+        found |= {"this is one number, a sum; one for each is asked for": right.sum(),
+                  "this is one number, a mean; one for each is asked for": right.mean()}
     return found
 
 
 def first_wrong(got, right) -> str:
     """The first number that is wrong, beside what it should be."""
-    if shape_of(got) != shape_of(right):
-        return f" (shape {shape_of(got)}, expected {shape_of(right)})"
-    pairs = list(zip(flat(got), flat(right)))
-    i = next(i for i, pair in enumerate(pairs) if not alike(*pair))
-    at = f", number {i + 1} of {len(pairs)}" if len(pairs) > 1 else ""
-    return f" ({pairs[i][0]:.5g}, expected {pairs[i][1]:.5g}{at})"
+    if got.shape != right.shape:
+        return f" (shape {list(got.shape)}, expected {list(right.shape)})"
+    i = int((~close(got, right)).flatten().nonzero()[0])
+    at = f", number {i + 1} of {right.numel()}" if right.numel() > 1 else ""
+    return f" ({got.flatten()[i]:.5g}, expected {right.flatten()[i]:.5g}{at})"
 
 
 def require(holds, words):
@@ -138,7 +132,7 @@ def require(holds, words):
 
 def gradients(value, *sources):
     """The gradients of a result's sum. Raises Broken where a source is not on its graph."""
-    plain(value)
+    require_tensor(value)
     found = [None]
     if value.requires_grad:
         found = torch.autograd.grad(value.sum(), sources, allow_unused=True)

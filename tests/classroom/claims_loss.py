@@ -5,11 +5,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from classroom.checks import (Broken, alike, claim, dice, expect, flat, gradients, plain, require,
+from classroom.checks import (Broken, alike, claim, dice, expect, gradients, numbers, require,
                               require_gradient, require_value_error, shares, table)
 from spin_loss import LOSSES
-
-FILE = "spin_loss.py"
 
 # --- token_logps ---------------------------------------------------------------------------------
 
@@ -40,21 +38,21 @@ def check_token(got, hidden_UD, weight_VD, targets_N, state_N=None):
             p_UV[own, targets_N].log()})
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def log_p_is_the_logit_minus_log_sum_exp(m):
     case = token_case("softmax")
     check_token(m.token_logps(*case), *case)
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def large_logits_do_not_overflow(m):
     got = m.token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
-    require(all(map(math.isfinite, flat(plain(got)))), "with logits of ±1000 exp overflows; "
+    require(bool(numbers(got).isfinite().all()), "with logits of ±1000 exp overflows; "
             "subtract the largest logit first, as log_softmax does")
     expect(got, [-2000.0], what="with logits of ±1000 log p")
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def several_targets_may_share_one_state(m):
     hidden_UD, weight_VD, _ = token_case("rows", U=3)
     targets_N, state_N = torch.tensor([4, 0, 2, 1, 3]), torch.tensor([2, 0, 0, 1, 2])
@@ -62,7 +60,7 @@ def several_targets_may_share_one_state(m):
     check_token(got, hidden_UD, weight_VD, targets_N, state_N)
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def gradients_reach_states_and_weights(m):
     hidden_UD, weight_VD, targets_N = token_case("gradient", grad=True)
     got, _ = require_gradient(m.token_logps(hidden_UD, weight_VD, targets_N), hidden_UD, weight_VD)
@@ -70,7 +68,7 @@ def gradients_reach_states_and_weights(m):
     expect(got, (F.one_hot(targets_N, 5) - p_UV) @ weight_VD, what="the gradient of the states")
 
 
-@claim(FILE, "token_logps")
+@claim("spin_loss.py", "token_logps")
 def fused_is_the_kernel_and_other_names_are_refused(m):
     """"fused" is FusedLogps.apply, here a stand-in that shows what it was given."""
     def apply(hidden_UD, weight_VD, targets_N, state_N):
@@ -153,31 +151,31 @@ def check_sequence(m, rows):
     expect(sequence(m, rows)[0], right, wrong)
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def token_is_scored_by_the_logits_before_it(m):
     check_sequence(m, [([0, 2], [1, 2, END], [])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def logprob_is_a_sum_over_response_tokens_not_a_mean(m):
     for n in (1, 2, 5):
         check_sequence(m, [([0], [1] * n + [END], [])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def prompt_and_padding_are_not_scored(m):
     check_sequence(m, [([0, 1, 2], [1, 0, END], [0, 1])])
     check_sequence(m, [([2], [0, 2, END], [1, 2])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def end_token_is_scored(m):
     """Once, with its own probability; else a response would look as likely as its beginning."""
     check_sequence(m, [([0, 1], [2, END], [0]), ([1, 0], [1, END], [0])])
     check_sequence(m, [([0], [END], [0]), ([1], [END], [0])])
 
 
-@claim(FILE, "sequence_logps")
+@claim("spin_loss.py", "sequence_logps")
 def each_row_gets_its_own_sum_and_the_implementation_is_passed_on(m):
     check_sequence(m, [([0, 1, 2], [2, END], [0, 0]), ([1], [0, 1, 2, 0, 2, END], []),
                        ([2, 2], [1, 0, END], [0, 0])])
@@ -229,13 +227,13 @@ def check_spin(m, lam, loss="logistic", B=5):
             [written_out("logistic", p - op, g - og, lam) for p, g, op, og in rows]}, "the loss")
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def loss_is_its_formula_written_out(m):
     for lam in (0.1, 2.0, 3.0):
         check_spin(m, lam)
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def loss_is_log_2_when_player_equals_opponent(m):
     real, generated = table(dice("same"), 3, low=-9), table(dice("too"), 3, low=-9)
     expect(m.spin_loss(real, generated, real, generated, 5.0), [math.log(2)] * 3, {
@@ -244,7 +242,7 @@ def loss_is_log_2_when_player_equals_opponent(m):
         "0 instead of log 2: ℓ(0) = log(1 + e^0)": [0.0] * 3}, "the loss")
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def every_loss_in_the_table_can_be_chosen(m):
     """Those of the paper, SPACE, and whatever else is put there."""
     for loss in ("hinge", "exponential", "correlation", "space"):
@@ -258,7 +256,7 @@ def every_loss_in_the_table_can_be_chosen(m):
                         'loss="focal" is accepted; an unknown name must raise ValueError')
 
 
-@claim(FILE, "spin_loss")
+@claim("spin_loss.py", "spin_loss")
 def gradient_pushes_the_real_response_up_and_the_generated_one_down(m):
     four = [table(dice(n), 4, low=-3, high=-1, grad=True) for n in range(4)]
     real, generated = require_gradient(m.spin_loss(*four, 2.0), *four[:2])
@@ -269,9 +267,9 @@ def gradient_pushes_the_real_response_up_and_the_generated_one_down(m):
 # --- pair_loss -----------------------------------------------------------------------------------
 
 
-def pair_case(P=2, N=3, grad=False):
+def pair_case(P=2, N=3):
     rng = dice("pairs")
-    return (table(rng, P, N, low=-4, high=-1, grad=grad), table(rng, P, N, low=-4, high=-1),
+    return (table(rng, P, N, low=-4, high=-1), table(rng, P, N, low=-4, high=-1),
             shares(rng, P, N), shares(rng, P, N))
 
 
@@ -283,12 +281,12 @@ def spin_loss_alone(m):
 def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):
     spin_loss_alone(m)
     P, N = player.shape
-    numbers = [x.tolist() for x in (player, opponent, real, generated)]
+    tables = [x.tolist() for x in (player, opponent, real, generated)]
 
     def each(rule, lam=lam, loss=loss):
         """Σ weight · ℓ(r, s) for each prompt; rule(i, j, x, o, a, b) gives (weight, r, s)."""
         return [sum(weight * written_out(loss, r, s, lam) for i in range(N) for j in range(N)
-                    for weight, r, s in [rule(i, j, *prompt)]) for prompt in zip(*numbers)]
+                    for weight, r, s in [rule(i, j, *prompt)]) for prompt in zip(*tables)]
     weighed = lambda weight: each(lambda i, j, x, o, a, b: (
         weight(i, j, a, b), x[i] - o[i], x[j] - o[j]))
     pair = lambda i, j, x, o, a, b: (a[i] * b[j], x[i] - o[i], x[j] - o[j])
@@ -316,24 +314,13 @@ def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):
         "λ is missing": each(pair, lam=1.0)}, "the loss")
 
 
-@claim(FILE, "pair_loss")
+@claim("spin_loss.py", "pair_loss")
 def it_is_the_mean_over_all_pairs_of_a_prompt(m):
     check_pairs(m, *pair_case())
     check_pairs(m, *pair_case(), lam=0.5, loss="exponential")
 
 
-@claim(FILE, "pair_loss")
-def prompts_are_not_mixed(m):
-    player, opponent, real, generated = pair_case(P=3)
-    check_pairs(m, player, opponent, real, generated)
-    spin_loss_alone(m)
-    alone = [m.pair_loss(player[p:p + 1], opponent[p:p + 1], real[p:p + 1], generated[p:p + 1],
-                         2.0)[0] for p in range(3)]
-    expect(m.pair_loss(player, opponent, real, generated, 2.0), torch.stack(alone),
-           what="beside other prompts the loss of a prompt")
-
-
-@claim(FILE, "pair_loss")
+@claim("spin_loss.py", "pair_loss")
 def a_response_without_weight_changes_nothing(m):
     """Padding, say, whatever its log-ratio: 0 · ∞ must not become NaN, nor its gradient."""
     player, opponent, real, generated = pair_case()
@@ -345,16 +332,9 @@ def a_response_without_weight_changes_nothing(m):
         expect(got, m.pair_loss(player, opponent, real, generated, 2.0, "exponential"), {
             "0 · ∞ is NaN: mask the log-ratios of pairs without weight before the loss":
                 [math.nan] * 2}, "with padding the loss")
-        gradient, = gradients(got, wide)
+        gradient, = require_gradient(got, wide)
         require(bool(gradient.isfinite().all()), "0 · ∞ makes the gradient NaN: mask the "
                 "log-ratios of pairs without weight before the loss")
-
-
-@claim(FILE, "pair_loss")
-def a_gradient_reaches_the_player(m):
-    spin_loss_alone(m)
-    player, opponent, real, generated = pair_case(grad=True)
-    require_gradient(m.pair_loss(player, opponent, real, generated, 2.0), player)
 
 
 # --- mass_anchor ---------------------------------------------------------------------------------
@@ -390,7 +370,7 @@ def check_anchor(m, player, opponent, share):
         "the anchor")
 
 
-@claim(FILE, "mass_anchor")
+@claim("spin_loss.py", "mass_anchor")
 def it_is_minus_log_m_for_each_prompt(m):
     """All ratios small; both kinds, with shares below 1 in sum and padding; all large."""
     rng = dice("anchor")
@@ -401,23 +381,13 @@ def it_is_minus_log_m_for_each_prompt(m):
     check_anchor(m, opponent - fall, opponent, share)
 
 
-@claim(FILE, "mass_anchor")
-def it_is_zero_where_nothing_leaks_and_an_excess_is_free(m):
-    """The mean of p_θ/p_t over y' ~ p_t is Σ p_θ = 1; one prompt's excess helps no other."""
-    opponent, player = (shares(dice(name), 1, 4).log() for name in "op")
-    check_anchor(m, player, opponent, opponent.exp())
-    both = torch.tensor([[-2 + math.log(0.5)] * 2, [-1 + math.log(2)] * 2]).double()
-    check_anchor(m, both, torch.tensor([[-2.0, -2.0], [-1.0, -1.0]]).double(),
-                 torch.full((2, 2), 0.5).double())
-
-
-@claim(FILE, "mass_anchor")
+@claim("spin_loss.py", "mass_anchor")
 def huge_and_tiny_ratios_stay_finite(m):
     half = torch.tensor([[0.5, 0.5]]).log()
     for shift, right in ((-200.0, 200.0), (200.0, 0.0)):
         player = torch.tensor([[-5.0 + shift, -6.0 + shift]], requires_grad=True)
         got = m.mass_anchor(player, torch.tensor([[-5.0, -6.0]]), half)
-        value = flat(plain(got))[0]
+        value = numbers(got).sum().item()
         require(math.isfinite(value), f"a ratio of e^{shift:g} gives {value}: use logarithms "
                 f"throughout (logsumexp), no exp before the sum")
         expect(value, right, {"below some m the anchor no longer grows: do not clamp m from below":
@@ -427,7 +397,7 @@ def huge_and_tiny_ratios_stay_finite(m):
         require(bool(gradient.isfinite().all()), f"the gradient at e^{shift:g} is not finite")
 
 
-@claim(FILE, "mass_anchor")
+@claim("spin_loss.py", "mass_anchor")
 def its_slope_is_one_for_each_nat_that_leaks(m):
     """However small the leak: c nats off every log p_θ cost c."""
     opponent = shares(dice("slope"), 1, 4).log()
@@ -460,41 +430,22 @@ def check_theorem(m, data, opponent, lam):
         "log p_{t+1}")
 
 
-@claim(FILE, "optimal_next_policy")
+@claim("spin_loss.py", "optimal_next_policy")
 def it_is_the_formula_in_logarithms_row_by_row(m):
     for lam in (0.7, 2.0, 5.0):
         check_theorem(m, shares(dice("d"), 3, 5).log(), shares(dice("o"), 3, 5).log(), lam)
 
 
-@claim(FILE, "optimal_next_policy")
-def lambda_1_arrives_at_p_data(m):
-    data = shares(dice("one"), 4).log()
-    expect(m.optimal_next_policy(data, shares(dice("two"), 4).log(), 1.0), data,
-           what="with λ = 1 log p_{t+1}")
-
-
-@claim(FILE, "optimal_next_policy")
-def no_policy_has_a_lower_loss(m):
-    """The slope of Σ p_data(y) p_t(y') ℓ(λ(r(y) − r(y'))) is 0 there, in each log p."""
-    data, opponent, lam = shares(dice("slope"), 4).log(), shares(dice("slopes"), 4).log(), 1.7
-    best = m.optimal_next_policy(data, opponent, lam).detach().requires_grad_()
-    r = best - opponent
-    loss = ((data[:, None] + opponent).exp() * F.softplus(-lam * (r[:, None] - r))).sum()
-    slope, = torch.autograd.grad(loss, best)
-    require(float(slope.abs().max()) < 1e-6, f"a policy near yours has a lower loss: its slope in "
-            f"log p_{{t+1}} is {float(slope.abs().max()):.3f}, at an optimum it is 0")
-
-
-@claim(FILE, "optimal_next_policy")
+@claim("spin_loss.py", "optimal_next_policy")
 def probability_zero_and_what_the_theorem_excludes(m):
     data, half = torch.tensor([0.75, 0.25, 0.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
     opponent = torch.tensor([0.25, 0.25, 0.5, 0.0]).log()
     for lam in (0.5, 1.0, 2.0):
         try:
-            got = plain(m.optimal_next_policy(data, opponent, lam))
+            got = numbers(m.optimal_next_policy(data, opponent, lam))
         except ValueError:
             raise Broken("p_t = 0 is refused where p_data = 0 too; there it is allowed") from None
-        require(not any(x != x for x in flat(got)), "NaN where p_data is 0: −inf · 0 or inf − inf; "
+        require(not bool(got.isnan().any()), "NaN where p_data is 0: −inf · 0 or inf − inf; "
                 "put −inf there before you normalise")
         power = [0.25 * (p / 0.25) ** (1 / lam) for p in (0.75, 0.25)]
         expect(got, [math.log(p / sum(power)) for p in power] + [-math.inf] * 2,
@@ -523,27 +474,24 @@ def check_floor(m, data, opponent):
         "NaN where a probability is 0: 0 · log(0/0) and −inf − (−inf) must become 0": math.nan,
         "log 2 − JSD holds for whole distributions only, and here p_t sums to less than 1":
             log2 - jsd,
-        "this is the JSD itself": jsd, "this is log 2 + JSD": log2 + jsd,
+        "this is the JSD itself": jsd,
         "this is log 2 − 2 JSD: the JSD is half the sum of the two KLs": log2 - 2 * jsd,
         "this is the JSD of p_data and p_t; p₊ and p₋ are distributions of pairs (y, y')":
             log2 - single,
         "a KL(p₊‖p₋) stands where the JSD belongs": log2 - kl(plus, minus),
         "log 2 is missing: this is −JSD": -jsd,
-        "this is a mean over pairs; they are weighed by p₊": right / plus.numel(),
         "p₊ is not used as a weight: this is the mean over pairs":
             float(torch.log1p(minus / plus).mean()),
-        "p₊ and p₋ are exchanged within the logarithm": float(torch.where(
-            minus > 0, plus * torch.log1p(plus / minus), 0.0).sum()),
         "it is always log 2: your p₊ and p₋ are the same": log2}, "the floor")
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def it_is_what_is_left_at_the_best_margin_of_each_pair(m):
     check_floor(m, shares(dice("floor"), 5), shares(dice("floor o"), 5))
     check_floor(m, torch.tensor([0.9, 0.1]).double(), torch.tensor([0.1, 0.9]).double())
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def it_is_log_2_when_the_opponent_is_perfect(m):
     data = shares(dice("perfect"), 4).log()
     expect(m.loss_floor(data, data), math.log(2), {
@@ -551,7 +499,7 @@ def it_is_log_2_when_the_opponent_is_perfect(m):
         "the floor against p_t = p_data")
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def probability_zero_adds_nothing_and_may_be_left_out(m):
     """Where p_data leaves responses out, p_t sums to less than 1, and is not normalised."""
     for data, opponent in (([0.5, 0.5, 0.0], [0.2, 0.2, 0.6]), ([0.5, 0.5, 0.0], [0.5, 0.5, 0.0]),
@@ -559,13 +507,13 @@ def probability_zero_adds_nothing_and_may_be_left_out(m):
         check_floor(m, torch.tensor(data).double(), torch.tensor(opponent).double())
     data, opponent = torch.tensor([0.5, 0.5]).double(), torch.tensor([0.2, 0.3]).double()
     whole = (data[:, None] * opponent / 0.5)
-    if alike(plain(m.loss_floor(data.log(), opponent.log())),
-             float((whole * torch.log1p(whole.T / whole)).sum())):
+    if alike(m.loss_floor(data.log(), opponent.log()),
+             (whole * torch.log1p(whole.T / whole)).sum()):
         raise Broken("p_t was normalised: leave it as it is, so that what is left out adds nothing")
     check_floor(m, data, opponent)
 
 
-@claim(FILE, "loss_floor")
+@claim("spin_loss.py", "loss_floor")
 def leading_axes_are_a_batch(m):
     data, opponent = shares(dice("batch"), 2, 3), shares(dice("floors"), 2, 3)
     plus = data[:, :, None] * opponent[:, None, :]
@@ -576,12 +524,12 @@ def leading_axes_are_a_batch(m):
 # --- FusedLogps.backward -------------------------------------------------------------------------
 
 
-def check_backward(m, columns, equal=False, again=False):
+def check_backward(m, columns, again=False):
     """Both gradients of the kernel, with blocks of so many columns, beside those of log_softmax."""
     m.BLOCK_LOGITS, m.LEAST_COLUMNS, m.compiled = {"cpu": 0}, columns, lambda body, device: body
     rng, V = dice("backward"), 7
     h, W = table(rng, 4, 3), table(rng, V, 3)
-    y = torch.tensor([0 if equal else rng.randrange(V) for _ in range(6)])
+    y = torch.tensor([rng.randrange(V) for _ in range(4)] + [0, 0])  # twice that of one state
     row, g = torch.tensor([2, 0, 1, 3, 2, 2]), table(rng, 6, low=0.3, high=2)
     top, logits = (h @ W.T).amax(1), h @ W.T
     saved = h, W, y, row, top, (logits - top[:, None]).exp().sum(1)
@@ -623,18 +571,13 @@ def check_backward(m, columns, equal=False, again=False):
                 "where ctx.needs_input_grad is False, None is expected")
 
 
-@claim(FILE, "FusedLogps.backward")
+@claim("spin_loss.py", "FusedLogps.backward")
 def both_gradients_are_those_of_log_softmax(m):
     for columns in (3, 1, 2, 7, 64):
         check_backward(m, columns)
 
 
-@claim(FILE, "FusedLogps.backward")
-def targets_of_one_state_add_up_and_so_do_equal_ones(m):
-    check_backward(m, 3, equal=True)
-
-
-@claim(FILE, "FusedLogps.backward")
+@claim("spin_loss.py", "FusedLogps.backward")
 def a_second_backward_pass_finds_the_same_gradient(m):
     for columns in (3, 64):
         check_backward(m, columns, again=True)

@@ -5,18 +5,19 @@ import math
 import torch
 import torch.nn.functional as F
 
-from classroom.checks import (Broken, alike, claim, dice, expect, flat, gradients, plain, require,
-                              require_gradient, table)
+from classroom.checks import (Broken, alike, claim, dice, expect, gradients, require,
+                              require_gradient, require_tensor, table)
 
 # --- causal_mask ---------------------------------------------------------------------------------
 
 
 def check_mask(m, query_BT, key_BC):
     got = m.causal_mask(torch.tensor(query_BT), torch.tensor(key_BC))
-    numbers, (B, T, C) = plain(got), (len(query_BT), len(query_BT[0]), len(key_BC[0]))
+    require_tensor(got)
+    B, T, C = len(query_BT), len(query_BT[0]), len(key_BC[0])
     require(not (list(got.shape) == [B, C, T] and T != C), f"the last two axes are exchanged: "
             f"{list(got.shape)} is [B, C, T], expected [B, T, C]")
-    require(-math.inf not in flat(numbers), "this is a mask to be added, with −inf in it; True "
+    require(not bool((got == -math.inf).any()), "this is a mask to be added, with −inf in it; True "
             "and False are expected")
     require(got.dtype == torch.bool, f"the mask holds {got.dtype}; torch.bool is expected")
     seen = lambda rule: [[[rule(q, k) for k in keys] for q in queries]
@@ -207,7 +208,7 @@ def a_gradient_reaches_both_linear_maps(m):
     both = module.c_attn.weight, module.c_proj.weight
     got, right = module(x_BTD, visible_BTC), attend(module, x_BTD, visible_BTC)
     found = require_gradient(got.square() if torch.is_tensor(got) else got, *both)
-    if alike(plain(got), plain(right)):
+    if alike(got, right):
         expect(found[0], gradients(right.square(), *both)[0], what="a part of the way was detached "
                "(the softmax, say): the gradient of c_attn")
 
@@ -225,7 +226,7 @@ def next_tokens(m, logits_BV, **how):
         require("probability tensor" not in str(error), "torch.multinomial was given numbers that "
                 "are no probabilities: the softmax comes first, along each row (dim=1)")
         raise
-    plain(tokens)
+    require_tensor(tokens)
     shape = [len(logits_BV)]
     require(list(tokens.shape) == shape,
             f"one token for each row is expected, shape {shape}; yours is {list(tokens.shape)}")

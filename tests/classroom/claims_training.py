@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from classroom.checks import (Broken, claim, dice, expect, plain, require, require_gradient, shares,
-                              table)
+from classroom.checks import (Broken, claim, dice, expect, numbers, require, require_gradient,
+                              require_tensor, shares, table)
 from classroom.claims_loss import spin_loss_alone
 
 # --- sft_loss ------------------------------------------------------------------------------------
@@ -431,15 +431,13 @@ def every_prefix_is_read_once(m):
         _, _, read = one_row(m, prompt, responses)
         wanted = {tuple(prompt[:n + 1]) for n in range(len(prompt))}
         wanted |= {(*prompt, *y[:k]) for y in responses for k in range(1, len(y))}
-        twice = [x for x, n in Counter(read).items() if n > 1]
-        require(not twice, f"the prefix {some(*twice[:1])} is read by two places: a response "
-                f"shares the places of the one before, as far as they are alike" if twice else "")
-        extra = [x for x in read if x not in wanted]
-        whole = extra and extra[0][len(prompt):] in responses
-        require(not whole, f"a place reads the last token of {some(*extra[:1])}: nothing follows "
-                f"it, so it is a target but no place" if whole else "")
-        require(not extra, f"a place reads {some(*extra[:1])}, which begins no response: is its "
-                f"position the number of its ancestors?" if extra else "")
+        for x in read:
+            require(read.count(x) == 1, f"the prefix {some(x)} is read by two places: a response "
+                    f"shares the places of the one before, as far as they are alike")
+            require(x in wanted or x[len(prompt):] not in responses, f"a place reads the last "
+                    f"token of {some(x)}: nothing follows it, so it is a target but no place")
+            require(x in wanted, f"a place reads {some(x)}, which begins no response: is its "
+                    f"position the number of its ancestors?")
         require(set(read) == wanted, "a prefix is read by no place")
 
 
@@ -595,8 +593,6 @@ def nothing_known_or_nothing_else_sampled(m):
 
 # --- variants ------------------------------------------------------------------------------------
 
-VARIANTS = "tests/classroom/variants.py"
-
 
 def play_with_history(m, t):
     """What self_play_with_history samples, [(model, t)], and what it hands on."""
@@ -613,7 +609,7 @@ def play_with_history(m, t):
     return calls, got
 
 
-@claim(VARIANTS, "self_play_with_history")
+@claim("tests/classroom/variants.py", "self_play_with_history")
 def both_iterations_count_from_the_second_on(m):
     calls, _ = play_with_history(m, 0)
     require(calls == [("p_0", 0)], f"in iteration 0 there is nothing before; you sample {calls}")
@@ -629,7 +625,7 @@ def both_iterations_count_from_the_second_on(m):
         require(samples == right, "the counts of both iterations should be added, prompt by prompt")
 
 
-@claim(VARIANTS, "self_play_with_history")
+@claim("tests/classroom/variants.py", "self_play_with_history")
 def all_responses_are_scored_by_the_opponent_of_this_iteration(m):
     for t in (0, 1, 3):
         _, (_, opponent) = play_with_history(m, t)
@@ -637,7 +633,7 @@ def all_responses_are_scored_by_the_opponent_of_this_iteration(m):
                 f"also for responses of the one before")
 
 
-@claim(VARIANTS, "sampled_pair_loss")
+@claim("tests/classroom/variants.py", "sampled_pair_loss")
 def its_mean_is_the_loss_over_all_pairs(m):
     spin_loss_alone(m)
     rng = dice("sampled pairs")
@@ -650,7 +646,7 @@ def its_mean_is_the_loss_over_all_pairs(m):
             r[:, :, None], r[:, None, :], 0.0, 0.0, lam, loss)).sum((1, 2))
     close = lambda value: value.shape == got.shape and bool(
         (got - value).abs().max() < 0.02 * float(value.mean()))
-    plain(got)
+    require_tensor(got)
     require(list(got.shape) == [2], f"one loss for each prompt, [2], not {list(got.shape)}")
     even = torch.full_like(real, 1 / 3)
     for words, wrong in {"y and y' are exchanged": of(generated, real),
@@ -665,17 +661,17 @@ def its_mean_is_the_loss_over_all_pairs(m):
                              of(real, generated) * 40_000,
                          "y' comes from real_PN": of(real, real)}.items():
         require(close(of(real, generated)) or not close(wrong), words)
-    require(close(of(real, generated)), f"the mean of 40,000 pairs is {plain(got)}, expected "
-            f"{plain(of(real, generated))} within its noise")
+    require(close(of(real, generated)), f"the mean of 40,000 pairs is {got.tolist()}, expected "
+            f"{of(real, generated).tolist()} within its noise")
 
 
-@claim(VARIANTS, "sampled_pair_loss")
+@claim("tests/classroom/variants.py", "sampled_pair_loss")
 def it_draws_n_pairs_anew_and_passes_the_gradient(m):
     spin_loss_alone(m)
     rng = dice("few pairs")
     player, even = table(rng, 1, 50, low=-4, grad=True), torch.full((1, 50), 0.02).double()
     args = player, table(rng, 1, 50, low=-4), even, even, 1.0
-    values = {str(plain(m.sampled_pair_loss(*args, n=3))) for _ in range(8)}
+    values = {str(numbers(m.sampled_pair_loss(*args, n=3)).tolist()) for _ in range(8)}
     require(len(values) == 8, "each call draws new pairs; yours gives equal values twice")
     gradient, = require_gradient(m.sampled_pair_loss(*args, n=3), player)
     count = int((gradient != 0).sum())

@@ -1,6 +1,5 @@
 """Many submissions graded in one command, and the hand-out that they start from."""
 import ast
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,24 +37,12 @@ def handed_files(root) -> list[str]:
                   if path.is_file() and "__pycache__" not in path.parts)
 
 
-def without_code(text, solutions) -> str:
-    """A text such as README.md without the lines that hold a whole statement of a solution."""
-    shows = lambda line: any(code in " ".join(line.split()) for code in solutions)
-    return "\n".join("(a line of code is left out of the hand-out)" if shows(line) else line
-                     for line in text.split("\n"))
-
-
 def hand_out(root, folder, chosen, reference) -> int:
     """Write a copy of the repository with the chosen functions empty. Returns how many files."""
     root, folder = Path(root), Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal(f"{folder} is there already; name a new folder")
-    if folder.resolve().is_relative_to(root.resolve() / "data"):
-        raise Refusal(f"{folder} lies in data/; name a folder elsewhere")
     exercises, files = [TEXTS[n - 1] for n in chosen], handed_files(root)
-    solutions = {ast.unparse(s) for e in exercises for part in written_part(
-        find(ast.parse(reference[e["file"]]), e["function"]), e) for s in ast.walk(part)
-        if isinstance(s, (ast.Assign, ast.Return)) and sum(1 for _ in ast.walk(s)) >= 12}
     for file in files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +51,6 @@ def hand_out(root, folder, chosen, reference) -> int:
             for copy in (target, folder / "tests" / "classroom" / "shipped" / file):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_text(text, "utf-8")
-        elif file.endswith(".md") and "classroom" not in file:
-            target.write_text(without_code(read(root / file), solutions), "utf-8")
         else:
             shutil.copy(root / file, target)
     return len(files)
@@ -91,13 +76,6 @@ def submissions(folders) -> list[Path]:
     return found
 
 
-def attempt_in(folder, file) -> str:
-    """The text of a submitted file. Raises Refusal if there is none, or it is a link to another."""
-    if not (folder / file).resolve().is_relative_to(folder.resolve()):
-        raise Refusal(f"{file} is a link that leads out of the submission")
-    return read(folder / file)
-
-
 def is_copy(attempt, reference, exercise) -> bool:
     """Whether an attempt is the original, comments and docstring aside."""
     code = lambda text: [ast.dump(s) for s in written_part(
@@ -110,11 +88,9 @@ def grade_one(folder, chosen, reference, clean, minutes, seed) -> dict:
     left, graded = minutes * 60, []
     for n in chosen:
         exercise, same = TEXTS[n - 1], False
-        names = clean.claims[exercise["file"], exercise["function"]]
-        result = {"claims": [{"claim": name, "held": False, "said": "not tried"}
-                             for name in names], "said": "", "seconds": 0.0}
+        result = clean.untried(exercise)
         try:
-            text = attempt_in(folder, exercise["file"])
+            text = read(folder / exercise["file"])
             if left <= 0:
                 raise Refusal(f"not tried: the submission has used its {minutes:g} minutes")
             result = clean.judge(exercise, text, min(left, minutes * 60 / SHARE), seed, quiet=True)
@@ -124,18 +100,17 @@ def grade_one(folder, chosen, reference, clean, minutes, seed) -> dict:
         except Exception as error:  # whatever it is, the others are graded
             result["said"] = str(error)
         graded.append({"number": n, "function": exercise["function"], "same_as_original": same,
-                       "points": sum(c["held"] for c in result["claims"]), "of": len(names),
-                       **result})
+                       "points": sum(c["held"] for c in result["claims"]),
+                       "of": len(result["claims"]), **result})
     return {"name": folder.resolve().name, "folder": str(folder), "exercises": graded,
             "points": sum(e["points"] for e in graded), "of": sum(e["of"] for e in graded)}
 
 
 def grade(folders, chosen, reference, minutes, jobs, seed, saying) -> list[dict]:
     """Grade all submissions, `jobs` at a time; saying(result) after each, in order."""
-    found = submissions(folders)
     with CleanCopy(reference) as clean, ThreadPoolExecutor(jobs) as pool:
         waiting = [pool.submit(grade_one, folder, chosen, reference, clean, minutes, seed)
-                   for folder in found]
+                   for folder in folders]
         try:
             return [saying(one.result()) for one in waiting]
         finally:
@@ -152,8 +127,3 @@ def remarks(result) -> list[str]:
         if e["same_as_original"]:
             reasons.setdefault("the code is the original's", []).append(e["number"])
     return [f"{', '.join(map(str, found))}: {words}" for words, found in reasons.items()]
-
-
-def write_json(path, results, seed):
-    Path(path).write_text(json.dumps({"seed": seed, "submissions": results}, indent=1,
-                                     ensure_ascii=False) + "\n", "utf-8")

@@ -5,10 +5,11 @@ student's function is put into the module that it belongs to, with the helpers t
 claims are tried on that module. Each report begins with a random token; what the attempt prints is
 none, and what ends the process early, or never ends, proves nothing.
 
-Reading order: `parsed`, `module_with`, `try_claims` and `main` run in the process; `CleanCopy`
-starts it.
+Reading order: `module_with`, `try_claims` and `main` run in the process; `CleanCopy` starts it.
 """
 import ast
+import contextlib
+import faulthandler
 import json
 import linecache
 import os
@@ -19,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -29,7 +29,8 @@ if __name__ == "__main__":
 
 from classroom.workspace import HERE, empty_all, find, is_empty
 
-STARTING = 120  # seconds that a busy machine may need to import torch; then the clock starts
+STARTING = 120  # seconds that a busy machine may need to import torch, before the clock starts
+DEFINITIONS = ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign
 MEMORY = 2 << 30  # bytes beyond what torch takes, where the system can limit it (Linux)
 
 
@@ -39,66 +40,42 @@ class Unfit(Exception):
 
 # --- in the process ------------------------------------------------------------------------------
 
-def names_in(nodes) -> set[str]:
-    return {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
-
-
-def defined_by(statement) -> list[str]:
-    """The names that a statement of a module defines."""
-    if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-        return [statement.name]
-    if isinstance(statement, (ast.Import, ast.ImportFrom)):
-        return [a.asname or a.name.split(".")[0] for a in statement.names]
-    return [n.id for n in ast.walk(statement)
-            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-
-
-def parsed(attempt, exercise):
-    """An attempt's file as a syntax tree, and its function there. Raises Unfit if it is none."""
+def check_written(attempt, exercise):
+    """Raise Unfit unless an attempt's file holds its function, with something in it."""
     try:
-        tree = ast.parse(attempt)
+        node = find(ast.parse(attempt), exercise["function"])
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise Unfit(f"{exercise['file']}{line}: {type(error).__name__}: {error}") from None
-    node = find(tree, exercise["function"])
     if node is None:
         raise Unfit(f"there is no {exercise['function']} in {exercise['file']}")
     if is_empty(node, exercise):
         raise Unfit("the function is still empty")
-    return tree, node
 
 
 def module_with(attempt, exercise, reference):
     """The module of a file whose exercises are empty, with an attempt's function put in it.
 
-    Helpers come along: new methods of the class, and what the function uses of the names that the
-    file did not have. Raises Unfit for an attempt that cannot be tried.
+    First the attempt's definitions are made, then those of the reference take their place: what is
+    left of the attempt are names that the file did not have, its helpers. Its function comes back
+    last, with new methods of its class. Raises Unfit for an attempt that cannot be tried.
     """
     from classroom.checks import load
-    file, place = exercise["file"], exercise["function"].split(".")[:-1]
-    tree, node = parsed(attempt, exercise)
-    module = load(file, reference)
-    home, methods = module, []
-    if place:
-        home, (theirs,) = getattr(module, *place), [s for s in tree.body if
-                                                    getattr(s, "name", "") == place[0]]
-        methods = [s for s in theirs.body if isinstance(s, ast.FunctionDef)
-                   and not hasattr(home, s.name)]
-    new = {n: s for s in tree.body for n in defined_by(s) if not hasattr(module, n)}
-    used, queue = [], names_in([node, *methods])
-    while queue:
-        statement = new.pop(queue.pop(), None)
-        if statement is not None and statement not in used:
-            used.append(statement)
-            queue |= names_in([statement])
-    name = f"your {file}"
+    check_written(attempt, exercise)
+    name = f"your {exercise['file']}"
     linecache.cache[name] = len(attempt), None, attempt.splitlines(True), name  # for `describe`
-    run = lambda body, into: exec(compile(ast.Module(body, []), name, "exec"), vars(module), into)
-    run([s for s in tree.body if s in used], vars(module))
-    made = {}
-    run([*methods, node], made)
-    for n, function in made.items():
-        setattr(home, n, function)
+    module = load(exercise["file"], "")
+    for statement in ast.parse(attempt).body:
+        if isinstance(statement, DEFINITIONS):
+            with contextlib.suppress(Exception):  # whoever needs it will miss it
+                exec(compile(ast.Module([statement], []), name, "exec"), vars(module))
+    *place, function = exercise["function"].split(".")
+    made = dict(vars(getattr(module, *place) if place else module))
+    exec(compile(reference, exercise["file"], "exec"), vars(module))
+    home = getattr(module, *place) if place else module
+    for own, value in made.items():
+        if own == function or not hasattr(home, own):
+            setattr(home, own, value)
     return module
 
 
@@ -148,7 +125,7 @@ def limit_memory():
 
 
 def main():
-    job = json.loads(sys.stdin.buffer.readline())
+    job = json.loads(sys.stdin.buffer.read())
     token, channel = job.pop("token"), os.dup(1)
     os.dup2(2, 1)  # what the attempt prints, even from C, is no report
     sys.stdout = sys.stderr
@@ -161,7 +138,8 @@ def main():
     make = lambda: module_with(job["attempt"], exercise, reference)
     checks.load(exercise["file"])  # imports what it needs, before the clock starts
     limit_memory()
-    tell(ready=True)
+    faulthandler.dump_traceback_later(job["seconds"], exit=True)  # whatever then runs is shown
+    tell(began=time.time())
     try_claims(checks.CLAIMS[exercise["file"], exercise["function"]], make, tell)
 
 
@@ -170,15 +148,10 @@ def main():
 def claims_by_function() -> dict:
     """{(file, function): names of its claims}, read from the source, which needs no torch."""
     found = {}
-    for path in sorted(HERE.glob("claims_*.py")):
-        tree = ast.parse(path.read_text("utf-8"))
-        constants = {s.targets[0].id: s.value.value for s in tree.body if isinstance(s, ast.Assign)
-                     and isinstance(s.value, ast.Constant)}
-        for node in tree.body:
-            for call in getattr(node, "decorator_list", []):
-                file, function = (constants.get(getattr(a, "id", None)) or a.value
-                                  for a in call.args)
-                found.setdefault((file, function), []).append(node.name)
+    for path in HERE.glob("claims_*.py"):
+        for file, function, name in re.findall(r'^@claim\("(.*)", "(.*)"\)\ndef (\w+)',
+                                               path.read_text("utf-8"), re.M):
+            found.setdefault((file, function), []).append(name)
     return found
 
 
@@ -201,74 +174,59 @@ class CleanCopy:
     def __exit__(self, *_):
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def untried(self, exercise) -> dict:
+        """What `judge` returns of an attempt of which nothing is known."""
+        names = self.claims[exercise["file"], exercise["function"]]
+        return {"claims": [{"claim": name, "held": False, "said": "not tried"} for name in names],
+                "said": "", "seconds": 0.0}
+
     def judge(self, exercise, attempt, seconds, seed="0", quiet=False) -> dict:
         """Try an attempt, the text of its file. Returns {"claims": […], "said": …, "seconds": …}.
 
         claims has one entry for each claim, tried or not. The seconds, those allowed and those
         taken, do not count the start of Python and torch.
         """
-        names = self.claims[exercise["file"], exercise["function"]]
-        claims = {name: {"claim": name, "held": False, "said": "not tried"} for name in names}
+        untried = self.untried(exercise)
+        claims = {claim["claim"]: claim for claim in untried["claims"]}
         try:
-            parsed(attempt, exercise)
+            check_written(attempt, exercise)
         except Unfit as error:
-            return {"claims": list(claims.values()), "said": str(error), "seconds": 0.0}
-        token, said, late = secrets.token_hex(16), "", []
-        job = {"token": token, "exercise": exercise, "attempt": attempt, "seed": seed}
-        process = self.start(quiet)
-
-        def clock(limit):
-            timer = threading.Timer(limit, lambda: (late.append(limit), end(process)))
-            timer.daemon = True
-            timer.start()
-            return timer, time.monotonic()
-        timer, began = clock(STARTING)
-        try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
-            process.stdin.close()
-            for line in process.stdout:
-                mine, _, text = line.partition(b" ")
-                if mine.decode("ascii", "replace") != token:
-                    continue  # not ours: the attempt wrote it
-                report = json.loads(text)
-                if "ready" in report:
-                    timer.cancel()
-                    timer, began = clock(seconds)
+            return untried | {"said": str(error)}
+        token = secrets.token_hex(16)
+        job = {"token": token, "exercise": exercise, "attempt": attempt, "seed": seed,
+               "seconds": seconds}
+        with tempfile.TemporaryFile() as reports:
+            process = subprocess.Popen(
+                [sys.executable, "-B", "-W", "ignore", "tests/classroom/judge.py"],
+                cwd=self.folder, stdin=subprocess.PIPE, stdout=reports, start_new_session=True,
+                stderr=subprocess.DEVNULL if quiet else None, env=os.environ | {
+                    "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"})
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(json.dumps(job).encode(), STARTING + seconds)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
                 else:
-                    claims[report["claim"]].update(report)
+                    process.kill()
             process.wait()
-        except OSError as error:
-            said = f"the process could not be used: {error}"
-        finally:
-            timer.cancel()
-            end(process)
-        if late:
-            said = (f"no end after {seconds:.0f} seconds: a loop without end?"
-                    if late != [STARTING] else "torch did not start in time: a busy machine?")
-        elif not said and any(c["said"] == "not tried" for c in claims.values()):
+            ended, began = time.time(), 0.0
+            reports.seek(0)
+            for line in reports:
+                mine, _, text = line.partition(b" ")
+                if mine == token.encode():  # else the attempt wrote it
+                    report = json.loads(text)
+                    began = report.get("began", began)
+                    if "claim" in report:
+                        claims[report["claim"]].update(report)
+        taken, said = ended - began if began else 0.0, ""
+        if any(claim["said"] == "not tried" for claim in claims.values()):
             said = (f"the process ended in the middle (status {process.returncode}): what ends it "
                     f"proves nothing")
-        return {"claims": list(claims.values()), "said": said,
-                "seconds": round(time.monotonic() - began, 1)}
-
-    def start(self, quiet):
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-        return subprocess.Popen(
-            [sys.executable, "-B", "-W", "ignore", "tests/classroom/judge.py"], cwd=self.folder,
-            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            stderr=subprocess.DEVNULL if quiet else None)
-
-
-def end(process):
-    """End a process, and on Linux and macOS those that it started."""
-    if hasattr(os, "killpg"):
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-    elif process.poll() is None:
-        process.kill()
-    process.wait()
+            if taken > seconds:
+                said = f"no end after {seconds:.0f} seconds: a loop without end?"
+            if not began:
+                said = "torch did not start in time: a busy machine?"
+        return {"claims": list(claims.values()), "said": said, "seconds": round(taken, 1)}
 
 
 if __name__ == "__main__":

@@ -106,13 +106,11 @@ def with_mistake(text, function, wrong) -> str:
 # --- a working copy ------------------------------------------------------------------------------
 
 def read(path) -> str:
-    """A source file, its line ends as "\\n"; Refusal if it is missing or not UTF-8."""
+    """A source file; Refusal if it is missing or not UTF-8."""
     try:
         return path.read_text("utf-8-sig")
-    except OSError:
-        raise Refusal(f"{path.name} is missing") from None
-    except UnicodeDecodeError:
-        raise Refusal(f"{path.name} is not saved as UTF-8") from None
+    except (OSError, UnicodeDecodeError):
+        raise Refusal(f"{path.name} is missing, or not saved as UTF-8") from None
 
 
 class Workspace:
@@ -156,7 +154,4 @@ class Workspace:
         return read(self.root / exercise["file"])
 
     def write(self, exercise, text):
-        """Replace the file; its line ends stay as they are."""
-        path = self.root / exercise["file"]
-        windows = b"\r\n" in path.read_bytes()
-        path.write_bytes(text.replace("\n", "\r\n" if windows else "\n").encode())
+        (self.root / exercise["file"]).write_text(text, "utf-8", newline="\n")

@@ -17,8 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from study import other_worlds  # noqa: E402  (the line above makes it importable)
-from study.runs import (QUICK, Job, machine, minutes, rows_of, run_all, small_world,  # noqa: E402
+from bench.measure import machine  # noqa: E402  (the line above makes it importable)
+from study import other_worlds  # noqa: E402
+from study.runs import (QUICK, Job, minutes, rows_of, run_all, small_world,  # noqa: E402
                         spread, table)
 
 SEEDS = (0, 1, 2)

@@ -26,12 +26,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import train  # noqa: E402  (the line above makes it importable)
+from bench.measure import machine  # noqa: E402
 from classroom.workspace import catalogue, with_mistake  # noqa: E402
 from data.metrics import evaluate  # noqa: E402
 from data.responses import sft_responses  # noqa: E402
 from data.run.files import load_policy  # noqa: E402
 from data.run.options import flag_of, prepare  # noqa: E402
-from study.runs import machine, spread, table  # noqa: E402
+from study.runs import spread, table  # noqa: E402
 
 FLAGS, PAGE = {"iters": 3, "device": "cpu"}, ROOT / "tests" / "study" / "MISTAKES.md"
 NOT_CALLED = ("spin_loss.py sequence_logps", "sample.py ask")  # by a run of train.py

@@ -73,16 +73,12 @@ def quarter():
 
 
 def write(out):
-    """Write every world into the folder `out`; return {path: rows}."""
-    worlds = {"town": rows(town()), "desk": rows(desk()), "quarter": quarter()}
-    found = {out / f"{name}.jsonl": list(some) for name, some in worlds.items()}
+    """Write every world into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    for path, some in found.items():
-        lines = [json.dumps(row) + "\n" for row in some]
-        path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    return found
+    for name, some in {"town": rows(town()), "desk": rows(desk()), "quarter": quarter()}.items():
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (out / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
-    for path, some in write(ROOT / "out/worlds").items():
-        print(f"wrote out/worlds/{path.name}: {len(some)} prompts")
+    write(ROOT / "out/worlds")

@@ -12,7 +12,6 @@ Dimensions: P prompts with a table of N responses each. KL and losses in nats.
 """
 import contextlib
 import json
-import re
 import statistics
 import sys
 import time
@@ -229,7 +228,6 @@ def run_all(jobs, out, what):
     """Train the runs that are not in `out` yet, one after the other, and keep their rows there."""
     jobs = [job for job in {job.path(out): job for job in jobs}.values()
             if not job.path(out).exists()]
-    began = time.time()
     Path(out).mkdir(parents=True, exist_ok=True)
     for i, job in enumerate(jobs, 1):
         clock, found = time.process_time(), {"rows": [], "stopped": ""}
@@ -241,9 +239,7 @@ def run_all(jobs, out, what):
             found["stopped"] = str(error)
         found["cpu"] = time.process_time() - clock
         job.path(out).write_text(json.dumps(found), encoding="utf-8")
-        left = (time.time() - began) / i * (len(jobs) - i) / 60
-        print(f"{what} {i}/{len(jobs)}  {left:4.1f} min left  {job.path(out).stem}  "
-              f"{found['stopped']}", flush=True)
+        print(f"{what} {i}/{len(jobs)}  {job.path(out).stem}  {found['stopped']}", flush=True)
 
 
 def rows_of(job, out, split="train", last=True) -> list[dict]:
@@ -283,13 +279,6 @@ def table(head, rows) -> str:
     """A Markdown table."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "\n"
-
-
-def machine() -> str:
-    """Processor, torch."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text("utf-8")) if info.exists() else None
-    return f"{found[1] if found else 'unknown processor'}, torch {torch.__version__}"
 
 
 # --- a small world, to see whether everything runs -----------------------------------------------

@@ -25,8 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from bench.measure import machine  # noqa: E402
 from data.run.figures import HELDOUT, LEAKED, RIGHT, TRAIN, own_style  # noqa: E402
-from study.runs import (QUICK, Job, machine, minutes, rows_of, run_all, small_world,  # noqa: E402
+from study.runs import (QUICK, Job, minutes, rows_of, run_all, small_world,  # noqa: E402
                         spread, table, values)
 
 METHODS = {"SPIN": Job(), "SPACE": Job({"loss": "space"}),
