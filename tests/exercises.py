@@ -193,6 +193,11 @@ def main(argv=None):
                 raise Refusal(f"{args.command} needs a number from 1 to {len(TEXTS)}; `list` shows "
                               f"them")
         commands[args.command](n, args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except SyntaxError as error:
         sys.exit(f"exercises.py: a file cannot be read as Python: {error}")
     except (Refusal, OSError) as error:

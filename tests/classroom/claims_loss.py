@@ -310,6 +310,10 @@ def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):
             weighed(lambda i, j, a, b: a[i] * b[j] / N**2),
         "y' is not weighed": weighed(lambda i, j, a, b: a[i]),
         "y is not weighed": weighed(lambda i, j, a, b: b[j]),
+        "spin_loss gets r − s as one log-ratio; `space` needs r and s apart": each(
+            lambda i, j, x, o, a, b: (a[i] * b[j], x[i] - o[i] - x[j] + o[j], 0.0)),
+        "the opponent is left out: r(y) = log p_θ(y)/p_t(y)": each(
+            lambda i, j, x, o, a, b: (a[i] * b[j], x[i], x[j])),
         "`loss` is not passed on": each(pair, loss="logistic"),
         "λ is missing": each(pair, lam=1.0)}, "the loss")
 
@@ -318,6 +322,17 @@ def check_pairs(m, player, opponent, real, generated, lam=2.0, loss="logistic"):
 def it_is_the_mean_over_all_pairs_of_a_prompt(m):
     check_pairs(m, *pair_case())
     check_pairs(m, *pair_case(), lam=0.5, loss="exponential")
+    check_pairs(m, *pair_case(), loss="space")
+
+
+@claim("spin_loss.py", "pair_loss")
+def a_large_log_ratio_counts_in_full(m):
+    player, *others = pair_case()
+    try:
+        check_pairs(m, player + 30 * torch.eye(2, 3), *others)
+    except Broken:
+        raise Broken("a log-ratio of 30 does not count in full: mask the pairs without weight, "
+                     "and clamp nothing") from None
 
 
 @claim("spin_loss.py", "pair_loss")
