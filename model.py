@@ -76,7 +76,7 @@ class Attention(nn.Module):
             part_BTD.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
             for part_BTD in self.c_attn(x_BTD).split(D, dim=2))
         k_BHCK, v_BHCK = (k_BHTK, v_BHTK) if cache is None else cache.extend(layer, k_BHTK, v_BHTK)
-        # softmax(q kᵀ/√K) v without a table of all the scores. All heads have the same mask.
+        # softmax(q kᵀ/√K) v in one call. All heads have the same mask.
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHCK, v_BHCK, visible_BTC[:, None])
         return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
 

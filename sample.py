@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError  # first: a package that is missing below is then named in one line
+from data import InputError  # first: it sets sys.excepthook, which names a missing package
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -73,7 +73,7 @@ def generate(model: GPT, prompts: list[list[int]], *, max_new_tokens: int, end_t
     logits_BV = (last_PD @ model.head_weight.T)[row_B]
 
     position_B = length_P[row_B]  # of the token that is drawn next
-    # No padding; the tokens that are drawn will be added.
+    # True on a prompt's own tokens; a column is added for each token that is drawn.
     visible_BC = torch.arange(tokens_PT.shape[1], device=device) < position_B[:, None]
     unfinished_B = torch.arange(len(prompts), device=device)  # whose rows are still in the batch
     # The shortest prompt leaves most room. + 1, because the last token drawn is never read and so
@@ -159,7 +159,7 @@ def main(args: SampleConfig):
     if not names:
         raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")
     policies = [load_policy(paths[name]) for name in names]
-    rows = policies[0][2]  # of the data: {prompt: its row}
+    rows = policies[0][2]  # a policy is (model, encoding, {prompt: its row of the data})
     rng = torch.Generator().manual_seed(args.seed)
     for prompt in args.prompt or list(rows)[::max(1, len(rows) // 4)][:4]:
         found = [ask(*policy, prompt, args, rng) for policy in policies]
@@ -202,7 +202,7 @@ def print_answers(prompt, row, names, found, args):
     others = [1 - sum(c[y] for y in shown) / args.samples for c in counts]
     print(f"{'':>10}" + "".join(f"{share:>8.3f}" for share in others) + "   all others")
     if args.temperature == 1 and not args.top_k:
-        exact = f"{0.0 - sum(p * math.log(p) for p in p_data.values()):.3f}" if p_data else "?"
+        exact = f"{sum(p * -math.log(p) for p in p_data.values()):.3f}" if p_data else "?"
         print(f"{exact:>10}" + "".join(f" {entropy:>7.3f}" for _, (entropy, _) in found)
               + f"   entropy, nats (± at most {max(error for _, (_, error) in found):.3f})")
 

@@ -57,7 +57,8 @@ def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
 
 # A loss is a function of two log-ratios: r = log p_θ(y)/p_t(y) of the real response and
 # s = log p_θ(y')/p_t(y') of the generated one. To add a loss, add a line: `--loss` offers it then;
-# with a line in THEOREM_LAM below, its prediction is shown too. (A test wants its formula as well.)
+# with a line in THEOREM_LAM below, its prediction is shown too. FORMULAS in tests/test_theory.py
+# wants it as well.
 LOSSES = {
     "logistic": lambda r, s, lam: F.softplus(-lam * (r - s)),  # Eq. 4.7: ℓ(u) = log(1 + e^−u)
     "hinge": lambda r, s, lam: F.relu(1 - lam * (r - s)),
@@ -102,24 +103,16 @@ def pair_loss(player_PN, opponent_PN, real_PN, generated_PN, lam, loss="logistic
 def mass_anchor(player_PN, opponent_PN, log_share_PN):
     """−log min(1, m) for each prompt, where m = Σ_n share_n p_θ(y_n)/p_t(y_n). [P], nats.
 
-    The loss depends on differences of log-ratios alone, so it does not change if p_θ of every
-    response that it sees falls by one factor: that direction is flat. Training drifts along it all
-    the same. What lowers wrong responses also lowers the tokens that they share with right ones,
-    and nothing in the loss pushes back; at each token the softmax gives what these lose to all
-    other tokens, most of which lead to strings that nobody has sampled.
+    The loss (but for SPACE's) depends on differences of log-ratios alone. So one factor on p_θ of
+    every response that it sees changes nothing, and probability leaks to strings that nobody has
+    sampled. README.md, "What the loss cannot see", has the reasons, also for the penalty's form.
 
     m estimates Σ_y p_θ(y) = 1 from the responses at hand: each adds share · p_θ/p_t. The share of a
-    real response is p_t, so it adds p_θ itself; that of any other is its fraction of the samples.
-    The mean of m over all samplings is 1 for a θ that is chosen before them. But θ is fitted to
-    these samples, and takes probability from just those wrong strings that are among them: then m
-    falls.
-
-    −log m is the simplest penalty on that. At Theorem 5.4's optimum p_θ has only right responses,
-    so m is 1 if all of them are among the real ones, and the optimum stays where it is. The slope
-    is 1 for each nat of log m, however small the leak. m > 1 is no leak: it comes from a rare
-    response with a large ratio, and min(1, m) keeps it from being rewarded. (Where samples are few,
-    m scatters about 1 even without a leak; then the mean of −log min(1, m) is above 0, and the
-    anchor pushes a little.) log_share_PN is −∞ for padding.
+    real response is p_t, so it adds p_θ itself; that of any other is its fraction of the samples
+    (not the weight that the loss gives it). m falls as probability leaks. A rare response with a
+    large ratio may lift m above 1; that is no leak, and min(1, m) does not reward it. (Where
+    samples are few, m scatters about 1 even without a leak; then the mean of −log min(1, m) is
+    above 0, and the anchor pushes a little.) For padding log_share_PN is −∞ and opponent_PN is 0.
     """
     log_m_P = (player_PN + (log_share_PN - opponent_PN)).logsumexp(dim=1)
     return -log_m_P.clamp(max=0)
@@ -223,7 +216,7 @@ class FusedLogps(torch.autograd.Function):
         grad_U = torch.zeros_like(sum_U).index_add(0, state_N, grad_N)
         for first, weight_CD, logits_UC in blocks:
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
-            to_gradient_(logits_UC, max_U, grad_U / sum_U)
+            to_gradient_(logits_UC, max_U, grad_U / sum_U)  # −g softmax; now + g at the targets:
             logits_UC.index_put_((state_N, column_N), grad_N * inside_N, accumulate=True)
             if grad_hidden_UD is not None:
                 grad_hidden_UD.addmm_(logits_UC, weight_CD)

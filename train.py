@@ -17,7 +17,7 @@ import copy
 from collections import Counter
 from dataclasses import dataclass
 
-from data import InputError  # first: a package that is missing below is then named in one line
+from data import InputError  # first: it sets sys.excepthook, which names a missing package
 
 import numpy as np
 import torch
@@ -100,8 +100,8 @@ class Config:
 
 # --- the objectives: what a step minimises, for each prompt, [P] ---------------------------------
 # A Part (data/responses.py) has tables of the responses to some prompts: what each weighs as a real
-# response (real_PN) and as a generated one (generated_PN), log p_t (opponent_PN), and the anchor's
-# shares (log_share_PN).
+# response (real_PN) and as a generated one (generated_PN), log p_t (opponent_PN), and its share in
+# the anchor (log_share_PN): log p_t of a real response, the log of its part of the samples else.
 
 def sft_objective(player, part, config):
     """−E log p_θ(y|x), y from the SFT set: maximum likelihood."""
@@ -188,7 +188,10 @@ def prompt_batches(train, steps, config, stage) -> list[list[int]]:
 
 
 def seed_for(seed, *purpose) -> int:
-    """A seed for one purpose, so that no use of random numbers disturbs another, nor a resume."""
+    """A seed for one purpose, so that no use of random numbers disturbs another, nor a resume.
+
+    After a stage the purposes are 0, the order of prompts; 1, the samples; 2, what is shown.
+    """
     return int(np.random.SeedSequence((seed, *purpose)).generate_state(1)[0])
 
 

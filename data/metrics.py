@@ -45,7 +45,8 @@ def evaluate(policy, responses, world, config, t) -> dict[str, dict]:
     return found
 
 
-# What every row of metrics.jsonl has; a metric more needs no line here.
+# What every row of metrics.jsonl has. A metric more needs no line here; a column of the closing
+# table is a line of `EXACT` in data/run/console.py.
 NAMES = ("kl", "tv", "off_support", "sampled_wrong", "predicted_kl", "predicted_tv", "loss",
          "loss_floor", "logp_real", "logp_generated", "margin")
 

@@ -180,7 +180,7 @@ class ResponseTable:
         self.width = max(len(places) for places, _ in self.rows)
         weights = lambda of: np.array([of.get(y, 0.0) for y in self.responses])
         self.data_N, self.real_N, self.sampled_N = weights(data), weights(real), weights(sampled)
-        self.weigh(np.zeros(len(self.responses)))  # SFT has no opponent
+        self.weigh(np.zeros(len(self.responses)))  # until an opponent scores them
 
     def weigh(self, opponent_N, n=1, shares="sampled"):
         """Take in log p_t of the responses. n is how many responses were sampled."""

@@ -64,7 +64,7 @@ def print_step(stage, step, steps, seconds_left):
 def print_responses(prompts, responses):
     """A few fresh responses to each of the prompts shown."""
     for prompt, texts in zip(prompts, responses):
-        texts = [short(text, 40) for text in texts]
+        texts = [short(text, 40) or "(empty)" for text in texts]
         print(f"    {short(prompt, 34):<34} {' | '.join(texts)}", flush=True)
 
 
@@ -76,7 +76,7 @@ def short(text, longest) -> str:
 
 
 LOSS = ("loss", "train", "loss", ".4f",
-        "of SPIN, with y from p_data and without the anchor; of SFT, −log p of y (train)")
+        "of SPIN: y from p_data, y' as in training, no anchor; of SFT, −log p of y (train)")
 
 # Columns of the closing table: heading, split, key, format, and what stands below the table.
 EXACT = [

@@ -36,6 +36,8 @@ SWITCHES = {
     "2. y' weighted by counts": Job(SAMPLED),
     "2. the same, 64 samples": Job(SAMPLED | MANY),
     "3. no anchor": Job({"anchor": "none"}),
+    "3. the same, a quarter of the rate": Job({"anchor": "none", "lr": 1e-3}),
+    "with the anchor, a quarter of the rate": Job({"lr": 1e-3}),
     "2., 3. counts, no anchor: the paper's loss": Job(PLAIN),
     "2., 3. the same, 64 samples": (Job(PLAIN | MANY), (0, 1)),
     "4. RMSprop, not Adam": Job(variant="rmsprop"),
