@@ -56,7 +56,7 @@ def rows() -> list[tuple[str, dict, dict]]:
 # --- one run -------------------------------------------------------------------------------------
 
 def train_with(place, wrong, flags, folder) -> dict:
-    """Run train.py with a mistake; returns what it says itself, and what its policies are."""
+    """Run train.py with a mistake; returns its own metrics, and what its policies are."""
     copy, out, began = folder / "copy", folder / "out", time.monotonic()
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("tests", "out", ".*", "__pycache__"))
     file, _, function = place.partition(" ")
@@ -64,14 +64,13 @@ def train_with(place, wrong, flags, folder) -> dict:
         text = with_mistake((copy / file).read_text("utf-8"), function, wrong)
         (copy / file).write_text(text, encoding="utf-8")
     words = [f"{flag_of(name)}={value}" for name, value in flags.items()]
-    run = subprocess.run([sys.executable, "train.py", f"--out={out}", *words], cwd=copy,
-                         capture_output=True, encoding="utf-8")
+    subprocess.run([sys.executable, "train.py", f"--out={out}", *words], cwd=copy, check=True,
+                   stdout=subprocess.DEVNULL)
     lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
     own = [{name: row[name] for name in ("kl", "loss", "loss_floor")}
            for row in map(json.loads, lines)
            if row["event"] == "iteration" and row["split"] == "train"]
     return {"own": own, "true": measured(out, len(own), flags),
-            "said": run.stderr.strip().split("\n")[-1] if run.returncode else "",
             "seconds": time.monotonic() - began}
 
 
@@ -126,13 +125,11 @@ def title(wrong, flags) -> str:
 
 def line(place, wrong, flags, runs) -> list[str]:
     """A line of the table: means over seeds, and the range where there are several."""
-    last = min(len(run["true"]) for run in runs) - 1
-    mean = lambda whose, name, t, form: "" if t < 0 else spread(
-        [run[whose][t][name] for run in runs], form)
+    mean = lambda whose, name, t, form: spread([run[whose][t][name] for run in runs], form)
+    last = len(runs[0]["true"]) - 1
     losses = [f"{mean('own', 'loss', t, '.4f')} ({mean('own', 'loss_floor', t, '.4f')})"
-              if 0 < t <= last else "" for t in (1, 3)]
-    stops = dict.fromkeys(f"; it stops: {run['said']}" for run in runs if run["said"])
-    return [title(wrong, flags) + "".join(stops), f"`{place.split()[-1]}`" if place else "",
+              for t in (1, last)]
+    return [title(wrong, flags), f"`{place.split()[-1]}`" if place else "",
             " → ".join(mean("true", "kl", t, ".3g") for t in range(last + 1)),
             mean("own", "kl", last, ".3g"), mean("true", "off_support", last, ".2%"), *losses]
 
