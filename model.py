@@ -76,7 +76,7 @@ class Attention(nn.Module):
             part_BTD.view(B, T, self.n_head, D // self.n_head).transpose(1, 2)
             for part_BTD in self.c_attn(x_BTD).split(D, dim=2))
         k_BHCK, v_BHCK = (k_BHTK, v_BHTK) if cache is None else cache.extend(layer, k_BHTK, v_BHTK)
-        # softmax(q kᵀ/√K) v in one call. All heads have the same mask.
+        # All heads have the same mask.
         y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHCK, v_BHCK, visible_BTC[:, None])
         return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
@@ -135,7 +135,7 @@ class GPT(nn.Module):
         Without position_BT and visible_BTC a row is one text: positions count from 0, and the mask
         is causal. So padding on the right may be any token: no token before it sees it. Raises
         ValueError if the tokens do not fit block_size. Positions that are given must be below
-        block_size, and come with a mask of their own.
+        block_size, and come with a mask of their own, as in data/responses.py and `generate`.
         """
         T, past = tokens_BT.shape[1], 0 if cache is None else len(cache)
         key_1C = torch.arange(past + T, device=tokens_BT.device)[None]

@@ -38,7 +38,7 @@ def next_tokens(logits_BV, temperature=1.0, top_k=None, generator=None):
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
     # Subtract the maximum first: dividing by a tiny temperature then cannot give ∞ − ∞.
     logits_BV = logits_BV - logits_BV.amax(dim=1, keepdim=True)
-    p_BV = (logits_BV / max(temperature, 1e-30)).softmax(dim=1)
+    p_BV = (logits_BV / max(temperature, 1e-30)).softmax(dim=1)  # 1e-50 would be 0 in float32
     return torch.multinomial(p_BV, 1, generator=generator)[:, 0]
 
 
@@ -128,12 +128,12 @@ def expectation(f, model, prompt, samples) -> tuple[float, float]:
         expectation(lambda y, logp: -logp, model, prompt, samples)
     """
     counts = Counter(map(tuple, samples))
-    values_N = []
+    values = []
     for y, count in counts.items():
         tokens_1T = torch.tensor([[*prompt, *y]], device=model.head_weight.device)
         response_1T = torch.arange(tokens_1T.shape[1], device=tokens_1T.device)[None] >= len(prompt)
-        values_N += [f(y, sequence_logps(model, tokens_1T, response_1T).item())] * count
-    values_N = torch.tensor(values_N, dtype=torch.float64)
+        values += [f(y, sequence_logps(model, tokens_1T, response_1T).item())] * count
+    values_N = torch.tensor(values, dtype=torch.float64)
     return values_N.mean().item(), values_N.std().item() / len(samples)**0.5
 
 
@@ -158,11 +158,11 @@ def main(args: SampleConfig):
     names = sorted(filter(str.isdecimal, paths), key=int)
     if not names:
         raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")
-    policies = [load_policy(paths[name]) for name in names]
-    rows = policies[0][2]  # a policy is (model, encoding, {prompt: its row of the data})
+    saved = [load_policy(paths[name]) for name in names]  # (model, encoding, {prompt: its row})
+    rows = saved[0][2]
     rng = torch.Generator().manual_seed(args.seed)
     for prompt in args.prompt or list(rows)[::max(1, len(rows) // 4)][:4]:
-        found = [ask(*policy, prompt, args, rng) for policy in policies]
+        found = [ask(*one, prompt, args, rng) for one in saved]
         print_answers(prompt, rows.get(prompt, {}), names, found, args)
 
 

@@ -46,8 +46,9 @@ def sequence_logps(model, tokens_BT, response_BT, impl="eager"):
     the definition, one row for each response. Training calls `response_logps` in data/responses.py:
     the same sum, where what the responses to one prompt share is read once.
     """
-    hidden_BSD = model.hidden(tokens_BT[:, :-1])  # Position i has read tokens 0…i, …
-    target_BS, scored_BS = tokens_BT[:, 1:], response_BT[:, 1:]  # … so it scores token i+1.
+    # Position i has read the tokens 0…i, so it scores token i+1.
+    hidden_BSD = model.hidden(tokens_BT[:, :-1])
+    target_BS, scored_BS = tokens_BT[:, 1:], response_BT[:, 1:]
     logp_N = token_logps(hidden_BSD[scored_BS], model.head_weight, target_BS[scored_BS], impl)
     sequence_N = scored_BS.nonzero()[:, 0]
     return logp_N.new_zeros(len(tokens_BT)).index_add(0, sequence_N, logp_N)
@@ -91,9 +92,9 @@ def pair_loss(player_PN, opponent_PN, real_PN, generated_PN, lam, loss="logistic
     """
     weight_PNN = real_PN[:, :, None] * generated_PN[:, None, :]  # y down the rows, y' across
     # A pair that has no weight is given r = s = 0: its loss might overflow, and 0 · ∞ is NaN.
-    ratio_PN, counts_PNN = player_PN - opponent_PN, weight_PNN > 0
-    r_PNN = torch.where(counts_PNN, ratio_PN[:, :, None], 0.0)
-    s_PNN = torch.where(counts_PNN, ratio_PN[:, None, :], 0.0)
+    ratio_PN, has_weight_PNN = player_PN - opponent_PN, weight_PNN > 0
+    r_PNN = torch.where(has_weight_PNN, ratio_PN[:, :, None], 0.0)
+    s_PNN = torch.where(has_weight_PNN, ratio_PN[:, None, :], 0.0)
     loss_PNN = spin_loss(r_PNN, s_PNN, 0.0, 0.0, lam, loss)  # log p_t is subtracted already
     return (weight_PNN * loss_PNN).sum(dim=(1, 2))
 
@@ -114,6 +115,7 @@ def mass_anchor(player_PN, opponent_PN, log_share_PN):
     samples are few, m scatters about 1 even without a leak; then the mean of −log min(1, m) is
     above 0, and the anchor pushes a little.) For padding log_share_PN is −∞ and opponent_PN is 0.
     """
+    # The bracket is exactly 0 for a real response, so that it adds p_θ itself.
     log_m_P = (player_PN + (log_share_PN - opponent_PN)).logsumexp(dim=1)
     return -log_m_P.clamp(max=0)
 
@@ -129,7 +131,7 @@ def optimal_next_policy(logp_data_K, logp_opponent_K, lam):
     >>> half, data = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     >>> optimal_next_policy(data, half, lam=1.0).exp()  # one step, all the way
     tensor([0.9000, 0.1000])
-    >>> optimal_next_policy(data, half, lam=2.0).exp()  # √9 : √1
+    >>> optimal_next_policy(data, half, lam=2.0).exp()  # √0.9 : √0.1 = 3 : 1
     tensor([0.7500, 0.2500])
     """
     support_K = logp_data_K > -math.inf
@@ -216,7 +218,7 @@ class FusedLogps(torch.autograd.Function):
         grad_U = torch.zeros_like(sum_U).index_add(0, state_N, grad_N)
         for first, weight_CD, logits_UC in blocks:
             column_N, inside_N = columns_of(targets_N, first, len(weight_CD))
-            to_gradient_(logits_UC, max_U, grad_U / sum_U)  # −g softmax; now + g at the targets:
+            to_gradient_(logits_UC, max_U, grad_U / sum_U)  # −g softmax; below, + g
             logits_UC.index_put_((state_N, column_N), grad_N * inside_N, accumulate=True)
             if grad_hidden_UD is not None:
                 grad_hidden_UD.addmm_(logits_UC, weight_CD)
@@ -267,6 +269,7 @@ def compiled(body, device):
     """
     fast = torch.compile(body, dynamic=True)  # dynamic: the number of tokens differs at every step
     try:
+        # A slice of a buffer, as blocks are; and two numbers for each of its rows.
         fast(torch.zeros(4, 9, device=device)[:, :8], *torch.zeros(2, 4, device=device))
     except torch.OutOfMemoryError:
         raise

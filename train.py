@@ -37,19 +37,19 @@ from spin_loss import LOSSES, mass_anchor, pair_loss
 
 @dataclass
 class Config:
-    """Every number of a run, once, with its reason; each field is a flag (lr → --lr)."""
+    """Every setting of a run, once, with its reason; each field is a flag (lr → --lr)."""
     iters: int = option(3, "SPIN iterations after SFT; 0 stops at SFT", 0, 10_000)
     method: str = option("spin", "what follows SFT: self-play, or more SFT",
                          choices=("spin", "sft"))
     lam: float = option(2.0, "λ: an iteration moves log p by (1/λ) log p_data/p_t, so λ = 2 is a "
                         "careful step; exact self-play diverges below ½", TINY, 1e6)
     loss: str = option("logistic", "ℓ: one line of spin_loss.py each", choices=LOSSES)
-    anchor: str = option("mass", "what holds the direction that the loss cannot see: nothing, "
-                         "the mass of the responses seen, or the SFT loss",
+    anchor: str = option("mass", "what stops the leak of probability: nothing, the mass of the "
+                         "responses seen, or the SFT loss",
                          choices=("none", "mass", "sft"))
     anchor_weight: float = option(2.0, "1 to 5 holds the mass anchor; 0.2 is plenty for the SFT "
                                   "anchor", 0, 1e6)
-    shares: str = option("known", "how y' are weighted: real ones by p_t itself, or all of them by "
+    shares: str = option("known", "how y' are weighted: real ones in proportion to p_t, or all by "
                          "how often they were sampled, as in the paper",
                          choices=("known", "sampled"))
     opponent: str = option("previous", "renew the opponent each iteration, or keep the SFT model "
@@ -59,8 +59,8 @@ class Config:
     negatives: int = option(16, "responses the opponent gives to each prompt", 1, 10**6)
     batch_size: int = option(1024, "generated responses in a step, in whole prompts: 1024 with 16 "
                              "negatives are 64 prompts a step, and in SFT as many", 1, 10**9)
-    lr: float = option(4e-3, "high, as so small a model allows, for 250 steps are few; it falls to "
-                       "0 in each iteration, which removes noise", TINY, 10)
+    lr: float = option(4e-3, "high, because 250 steps are few, and so small a model allows it; "
+                       "level for half an iteration, then it falls to 0, which removes noise", TINY, 10)
     sft_steps: int = option(212, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
@@ -222,8 +222,8 @@ def sample_responses(model, world, config, t) -> list[Counter]:
         mine += [(p, tuple(y)) for p, y in zip(some, sampled)]
         countdown.say(first + len(some))
     counts = [Counter() for _ in world.prompts]
-    for part in gather(mine):
-        for p, y in part:
+    for found in gather(mine):
+        for p, y in found:
             counts[p][y] += 1
     return counts
 

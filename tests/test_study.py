@@ -47,12 +47,15 @@ def test_dpo_compares_the_opponents_pairs_that_p_data_ranks(small):
 def test_the_parts_of_the_distance_to_p_data_sum_to_kl(small):
     world = small.run.world
     policy = train.new_policy(world, train.Config(seed=5, **SMALL))
-    found = nearness.parts_of_the_distance(small.policy, policy, small.responses,
+    found = nearness.parts_of_the_distance(policy, small.responses,
                                            world.splits["train"], 2.0)
     metrics = evaluate(policy, small.responses, world, small.run.config, 1)["train"]
     kl = found.pop("KL")
     assert sum(found.values()) == pytest.approx(kl) == pytest.approx(metrics["kl"])
     assert found["theorem"] == pytest.approx(metrics["predicted_kl"])
+    masses = nearness.where_it_is(policy, small.responses, world.splits["train"])
+    assert masses["sampled wrong"] == pytest.approx(metrics["sampled_wrong"])
+    assert masses["sampled wrong"] + masses["other wrong"] == pytest.approx(metrics["off_support"])
     assert found["leak"] >= -math.log(1 - metrics["off_support"]), "Jensen's inequality"
 
 

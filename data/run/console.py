@@ -90,7 +90,7 @@ EXACT = [
      "what p_t gives to responses that p_data never gives (train)"),
     LOSS,
     ("floor", "train", "loss_floor", ".4f",
-     "the least that this loss can be; of SFT's, the entropy of p_data"),
+     "the least that this loss can be, with the same y'; of SFT's, the entropy of p_data"),
 ]
 EMPIRICAL = [
     ("−log p", "train", "nll", ".3f",

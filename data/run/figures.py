@@ -134,7 +134,7 @@ def draw_masses(ax, rows):
     """
     p_0, (rows, places) = pick(rows, "iteration")[0], spin_reports(rows)
     wrong = [row["off_support"] for row in (p_0, *rows)]
-    ax.plot([0, *places], [1 - share for share in wrong], color=RIGHT, label="right")
+    ax.plot([0, *places], [1 - share for share in wrong], color=RIGHT, zorder=3, label="right")
     ax.plot([0, *places], wrong, color=GREY, lw=6, alpha=0.6, label="wrong, all together")
     for t in range(1, rows[-1]["iteration"] + 1):
         here = [k for k, row in enumerate(rows) if row["iteration"] == t]
