@@ -60,7 +60,8 @@ class Config:
     batch_size: int = option(1024, "generated responses in a step, in whole prompts: 1024 with 16 "
                              "negatives are 64 prompts a step, and in SFT as many", 1, 10**9)
     lr: float = option(4e-3, "high, because 250 steps are few, and so small a model allows it; "
-                       "level for half an iteration, then it falls to 0, which removes noise", TINY, 10)
+                       "level for half an iteration, then falling to 0, which removes noise",
+                       TINY, 10)
     sft_steps: int = option(212, "few: self-play should start from a weak model", 1, 10**9)
     sft_lr: float = option(2e-3, "learning rate of SFT", TINY, 10)
     sft_samples: int = option(2048, "responses of each train prompt in the SFT set; equal ones are "
