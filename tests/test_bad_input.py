@@ -109,10 +109,9 @@ def test_sample_refuses(name, out, capsys):
 
 
 def test_a_process_ends_with_status_2_and_one_line(tmp_path):
-    for flags, line in ((["--lam", "nan"], "train.py: --lam nan: must be a finite number\n"),
-                        (["--data", "/none"], "train.py: --data /none: cannot be read")):
-        status, text, err = script(tmp_path, [*flags, "--out", str(tmp_path / "out")])
-        assert (status, text) == (2, "") and err.startswith(line) and err.count("\n") == 1
+    status, text, err = script(tmp_path, ["--data", "/none", "--out", str(tmp_path / "out")])
+    assert (status, text, err.count("\n")) == (2, "", 1)
+    assert err.startswith("train.py: --data /none: cannot be read")
     assert not (tmp_path / "out").exists()
 
 
