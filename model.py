@@ -1,13 +1,13 @@
 """A GPT from scratch: GPT-2's architecture, without dropout.
 
-    h = wte[token] + wpe[position];  for each block: h += attn(ln_1(h)); h += mlp(ln_2(h))
-    logits = ln_f(h) @ wteᵀ          (the head is the token embedding itself: "tied")
+    x = wte[token] + wpe[position];  for each block: x += attn(ln_1(x)); x += mlp(ln_2(x))
+    logits = ln_f(x) @ wteᵀ          (the head is the token embedding itself: "tied")
 
 Reading order: `GPTConfig` → `causal_mask` → `KVCache` → `Attention` → `MLP` → `Block` → `GPT`.
 
 Dimensions: B batch, T tokens read in this call, C tokens that can be seen (those in the cache, then
-the T new ones), D width, H heads, K = D/H head size, V vocabulary; N rows picked out of B. A suffix
-tells a tensor's shape: logits_BTV.
+the T new ones), D width, H heads, K = D/H head size, V vocabulary; N rows picked out of B; 1
+broadcasts. A suffix tells a tensor's shape: logits_BTV.
 """
 import math
 from dataclasses import dataclass

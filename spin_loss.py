@@ -110,7 +110,7 @@ def mass_anchor(player_PN, opponent_PN, log_share_PN):
 
     m estimates Σ_y p_θ(y) = 1 from the responses at hand: each adds share · p_θ/p_t. The share of a
     real response is p_t, so it adds p_θ itself; that of any other is its fraction of the samples
-    (not the weight that the loss gives it). m falls as probability leaks. A rare response with a
+    (not generated_PN, its weight in the loss). m falls as probability leaks. A rare response with a
     large ratio may lift m above 1; that is no leak, and min(1, m) does not reward it. (Where
     samples are few, m scatters about 1 even without a leak; then the mean of −log min(1, m) is
     above 0, and the anchor pushes a little.) For padding log_share_PN is −∞ and opponent_PN is 0.

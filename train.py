@@ -37,7 +37,8 @@ from spin_loss import LOSSES, mass_anchor, pair_loss
 
 @dataclass
 class Config:
-    """Every setting of a run, once, with its reason; each field is a flag (lr → --lr)."""
+    """Every setting of a run, once; each field is a flag (lr → --lr): option(default, why, least,
+    most)."""
     iters: int = option(3, "SPIN iterations after SFT; 0 stops at SFT", 0, 10_000)
     method: str = option("spin", "what follows SFT: self-play, or more SFT",
                          choices=("spin", "sft"))
@@ -102,7 +103,7 @@ class Config:
 # --- the objectives: what a step minimises, for each prompt, [P] ---------------------------------
 # A Part (data/responses.py) has tables of the responses to some prompts: what each weighs as a real
 # response (real_PN) and as a generated one (generated_PN), log p_t (opponent_PN), and its share in
-# the anchor (log_share_PN): log p_t of a real response, the log of its part of the samples else.
+# the anchor (log_share_PN): log p_t of a real response, else the log of its fraction.
 
 def sft_objective(player, part, config):
     """−E log p_θ(y|x), y from the SFT set: maximum likelihood."""
@@ -128,6 +129,7 @@ def spin_objective(player, part, config):
     return loss_P + config.anchor_weight * anchor_P
 
 
+# With more SFT the opponent is sampled too, but for the metrics alone.
 OBJECTIVES = {"spin": spin_objective, "sft": sft_objective}
 
 
@@ -191,7 +193,7 @@ def prompt_batches(train, steps, config, stage) -> list[list[int]]:
 def seed_for(seed, *purpose) -> int:
     """A seed for one purpose, so that no use of random numbers disturbs another, nor a resume.
 
-    After a stage the purposes are 0, the order of prompts; 1, the samples; 2, what is shown.
+    The purpose is a stage and 0 for the order of prompts, 1 for the samples, 2 for what is shown.
     """
     return int(np.random.SeedSequence((seed, *purpose)).generate_state(1)[0])
 

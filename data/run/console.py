@@ -76,7 +76,7 @@ def short(text, longest) -> str:
 
 
 LOSS = ("loss", "train", "loss", ".4f",
-        "of SPIN: y from p_data, y' as in training, no anchor; of SFT, −log p of y (train)")
+        "of SPIN: y from p_data, y' weighed as in training, no anchor; of SFT, −log p of y")
 
 # Columns of the closing table: heading, split, key, format, and what stands below the table.
 EXACT = [

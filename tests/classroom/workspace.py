@@ -76,7 +76,8 @@ def emptied(text, exercise) -> str:
     indent = lines[first][:written[0].col_offset]
     while lines[first - 1].lstrip().startswith("#"):  # comments go with the code
         first -= 1
-    why = f"exercise {TEXTS.index(exercise) + 1}: {exercise['title']}".replace('"', "'")
+    n, function = TEXTS.index(exercise) + 1, exercise["function"]
+    why = f"exercise {n}: {function} is still to be written"
     return "".join([*lines[:first], f'{indent}raise NotImplementedError("{why}")\n', *lines[end:]])
 
 
