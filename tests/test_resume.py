@@ -160,7 +160,7 @@ def test_slow_run_is_saved_between_its_reports(whole, tmp_path, monkeypatch, cap
 def test_ctrl_c_says_how_to_go_on(whole, tmp_path, capsys):
     out = tmp_path / "out"
     flags = [*whole[0], "--out", str(out)]
-    running = Script(tmp_path, flags, hook=("quick", 0.05))
+    running = Script(tmp_path, flags, hook=("quick", 0.25))
     running.wait_for("iteration 1")
     running.signal(signal.SIGINT)
     status, _, err = running.wait()
