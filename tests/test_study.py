@@ -45,18 +45,25 @@ def test_dpo_compares_the_opponents_pairs_that_p_data_ranks(small):
 
 
 def test_the_parts_of_the_distance_to_p_data_sum_to_kl(small):
-    world = small.run.world
+    world, config = small.run.world, small.run.config
     policy = train.new_policy(world, train.Config(seed=5, **SMALL))
-    found = nearness.parts_of_the_distance(policy, small.responses,
-                                           world.splits["train"], 2.0)
-    metrics = evaluate(policy, small.responses, world, small.run.config, 1)["train"]
+    found = nearness.parts_of_the_distance(policy, small.responses, world, config)
+    metrics = evaluate(policy, small.responses, world, config, 1)["train"]
     kl = found.pop("KL")
     assert sum(found.values()) == pytest.approx(kl) == pytest.approx(metrics["kl"])
     assert found["theorem"] == pytest.approx(metrics["predicted_kl"])
-    masses = nearness.where_it_is(policy, small.responses, world.splits["train"])
+    masses = nearness.where_it_is(policy, small.responses, world, config)
     assert masses["sampled wrong"] == pytest.approx(metrics["sampled_wrong"])
     assert masses["sampled wrong"] + masses["other wrong"] == pytest.approx(metrics["off_support"])
     assert found["leak"] >= -math.log(1 - metrics["off_support"]), "Jensen's inequality"
+    by_hand = []  # with λ = 2: p_{t+1} ∝ √(p_t p̂)
+    for p in world.splits["train"]:
+        x, data = world.prompts[p], world.data[p]
+        root = {y: math.sqrt(math.exp(logp_by_hand(small.policy, x, y)) * world.real[p][y])
+                for y in data}
+        by_hand.append(sum(q * math.log(q * sum(root.values()) / root[y])
+                           for y, q in data.items()))
+    assert found["theorem"] + found["set"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
 
 
 def test_each_sampled_response_is_compared_with_one_of_the_sft_set(small, monkeypatch):
