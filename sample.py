@@ -13,7 +13,7 @@ cache, D width, V vocabulary; N samples of one prompt.
 """
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import InputError  # first: it sets sys.excepthook, which names a missing package
@@ -159,24 +159,24 @@ def main(args: SampleConfig):
     if not names:
         raise InputError(f"--out {args.out}: no iteration_*.pt there; run python train.py first")
     saved = [load_policy(paths[name]) for name in names]  # (model, encoding, {prompt: its row})
-    rows = saved[0][2]
+    _, encoding, rows = saved[0]
+    if not args.max_new_tokens:
+        args = replace(args, max_new_tokens=2 + max(
+            len(frame(encoding, "", y)[1]) for row in rows.values() for y in row["responses"]))
     rng = torch.Generator().manual_seed(args.seed)
     for prompt in args.prompt or list(rows)[::max(1, len(rows) // 4)][:4]:
-        found = [ask(*one, prompt, args, rng) for one in saved]
+        found = [ask(model, encoding, prompt, args, rng) for model, encoding, _ in saved]
         print_answers(prompt, rows.get(prompt, {}), names, found, args)
 
 
-def ask(model, encoding, rows, prompt, args, rng):
+def ask(model, encoding, prompt, args, rng):
     """How often a policy gives each (response as text, whether it ended), and its entropy."""
     x, end = frame(encoding, prompt, "")[0], encoding.encode_single_token(END)
     if len(x) > model.config.block_size:
         raise InputError(f"--prompt {prompt[:30]!r}: {len(x)} tokens, and the model reads "
                          f"{model.config.block_size}; shorten it")
-    longest = args.max_new_tokens or 2 + max(
-        len(frame(encoding, "", y)[1]) for row in rows.values() for y in row["responses"])
-    samples = samples_of(model, x, args.samples, max_new_tokens=longest, end_token=end,
-                         temperature=args.temperature, top_k=args.top_k or None,
-                         generator=rng)
+    samples = samples_of(model, x, args.samples, max_new_tokens=args.max_new_tokens, end_token=end,
+                         temperature=args.temperature, top_k=args.top_k or None, generator=rng)
     counts = Counter((encoding.decode([k for k in y if k != end]), y[-1:] == [end])
                      for y in samples)
     return counts, expectation(lambda y, logp: -logp, model, x, samples)

@@ -52,13 +52,13 @@ def print_progress(stage, step, steps, found, seconds_left, empirical):
         distance = f"−log p {row['nll']:.2f}"
         distance += f", held out {heldout['nll']:.2f}" if heldout else ""
         distance += f"  margin {row['margin']:.2f}" if row["margin"] is not None else ""
-    print(f"{stage_name(stage)}, step {step:3d}/{steps} ({seconds_left:3.0f} s left)  {loss}  "
-          f"{distance}", flush=True)
+    print_step(stage, step, steps, seconds_left, f"  {loss}  {distance}")
 
 
-def print_step(stage, step, steps, seconds_left):
-    """A sign of life between two reports that are far apart."""
-    print(f"{stage_name(stage)}, step {step:3d}/{steps} ({seconds_left:3.0f} s left)", flush=True)
+def print_step(stage, step, steps, seconds_left, found=""):
+    """How far a stage is; without a report it is a sign of life between two that are far apart."""
+    print(f"{stage_name(stage)}, step {step:3d}/{steps} ({seconds_left:3.0f} s left){found}",
+          flush=True)
 
 
 def print_responses(prompts, responses):

@@ -69,6 +69,16 @@ def spin_reports(rows) -> tuple[list[dict], list[float]]:
     return rows, [row["iteration"] - 1 + row["step"] / steps for row in rows]
 
 
+def by_iteration(rows) -> list[tuple[list[float], list[dict]]]:
+    """(places, reports) of each iteration: 1, 2, …"""
+    found = {}
+    for row, place in zip(*spin_reports(rows)):
+        places, reports = found.setdefault(row["iteration"], ([], []))
+        places.append(place)
+        reports.append(row)
+    return list(found.values())
+
+
 # --- the panels ----------------------------------------------------------------------------------
 
 def draw_distance(ax, rows, empirical):
@@ -105,24 +115,22 @@ def log_axis(ax):
 
 def draw_loss(ax, rows, start):
     """(b) the loss in each iteration and its floor. `start`: where each iteration begins."""
-    rows, places = spin_reports(rows)
-    for t in range(1, rows[-1]["iteration"] + 1):
-        here = [k for k, row in enumerate(rows) if row["iteration"] == t]
-        x, y = [places[k] for k in here], [rows[k]["loss"] for k in here]
+    for t, (x, reports) in enumerate(by_iteration(rows), 1):
+        y = [row["loss"] for row in reports]
         if start is not None:
             x, y = [t - 1, *x], [start, *y]
         ax.plot(x, y, ".-", color=TRAIN, label="the loss on train prompts" if t == 1 else None)
-        floor = rows[here[0]]["loss_floor"]
+        floor = reports[0]["loss_floor"]
         if floor is not None:
             ax.hlines(floor, t - 1, t, color=THEORY, lw=3,
                       label="its floor, the least that it can be" if t == 1 else None)
     if start is not None:
         name = "log 2" if abs(start - np.log(2)) < 1e-6 else f"{start:.3g}"
         ax.axhline(start, color=GREY, ls=":", label=f"{name}: each iteration begins at p_θ = p_t")
-    title, floor = "(b) the loss", rows[-1]["loss_floor"]
+    title = "(b) the loss"
     if floor is not None:
-        title = f"(b) loss ends {rows[-1]['loss'] - floor:.3f} above its floor"
-    ax.set(title=title, ylabel="nats", xlim=(-0.05, places[-1] + 0.05))
+        title = f"(b) loss ends {y[-1] - reports[-1]['loss_floor']:.3f} above its floor"
+    ax.set(title=title, ylabel="nats", xlim=(-0.05, x[-1] + 0.05))
     finish(ax)
 
 
@@ -132,19 +140,18 @@ def draw_masses(ax, rows):
     On a log axis. Each iteration has a new opponent with new samples, so two lines start afresh
     there. The point at 0 is all that p_0 has wrong.
     """
-    p_0, (rows, places) = pick(rows, "iteration")[0], spin_reports(rows)
+    p_0, iterations = pick(rows, "iteration")[0], by_iteration(rows)
+    rows, places = spin_reports(rows)
     wrong = [row["off_support"] for row in (p_0, *rows)]
     ax.plot([0, *places], [1 - share for share in wrong], color=RIGHT, zorder=3, label="right")
     ax.plot([0, *places], wrong, color=GREY, lw=6, alpha=0.6, label="wrong, all together")
-    for t in range(1, rows[-1]["iteration"] + 1):
-        here = [k for k, row in enumerate(rows) if row["iteration"] == t]
-        sampled = [rows[k]["sampled_wrong"] for k in here]
-        others = [rows[k]["off_support"] - share for k, share in zip(here, sampled)]
+    for t, (x, reports) in enumerate(iterations, 1):
+        sampled = [row["sampled_wrong"] for row in reports]
+        others = [row["off_support"] - row["sampled_wrong"] for row in reports]
         for shares, style, colour, label in (
                 (sampled, ".--", SAMPLED, "wrong, sampled by the opponent of the iteration"),
                 (others, ".-", LEAKED, "wrong, not sampled: leaks go here")):
-            ax.plot([places[k] for k in here], shares, style, color=colour,
-                    label=label if t == 1 else None)
+            ax.plot(x, shares, style, color=colour, label=label if t == 1 else None)
     ax.set(title=f"(c) wrong: {wrong[0]:.1%} → {wrong[-1]:.1%}", yscale="log", ylim=(1e-5, 1.3),
            ylabel="probability under p_θ, train", xlim=(-0.05, places[-1] + 0.05))
     ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")

@@ -27,7 +27,7 @@ from data.metrics import evaluate, likeliest
 from data.run.console import print_closing_table, print_progress, print_start, print_step
 from data.run.figures import Window, draw_convergence, draw_gif
 from data.run.files import load, load_policy, save, save_policy, write
-from data.run.options import flag_of
+from data.run.options import flag_of, flags_of_the_run
 from data.run.parallel import gather, rank
 from data.tokenizer import dump_ranks
 from spin_loss import LOSSES
@@ -77,7 +77,7 @@ class Run:
         except OSError as error:
             raise InputError(f"--out {out}: cannot be used ({error.strerror}); name another "
                              f"folder") from None
-        if names and not self.is_run():
+        if names and "sft_steps" not in flags_of_the_run(out, asdict(config)):
             raise InputError(f"--out {out}: holds files, and none is a run's config.json; name a "
                              f"new folder")
         if config.resume and not names:
@@ -98,13 +98,6 @@ class Run:
         write(out / "config.json", json.dumps(about, indent=2).encode())
         write(out / "metrics.jsonl", as_lines(state["rows"]))
         return state
-
-    def is_run(self) -> bool:
-        """Whether config.json is there and is ours."""
-        try:
-            return "sft_steps" in json.loads((self.out / "config.json").read_text("utf-8"))
-        except (OSError, ValueError, TypeError):
-            return False
 
     def resumable(self) -> dict:
         """The state in latest.pt, or InputError if it does not belong to a run like this one."""

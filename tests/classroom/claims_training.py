@@ -375,7 +375,7 @@ def sample_py_asks_a_prompt_as_training_reads_it(m):
     m.samples_of = lambda model, prompt, n, **how: asked.append(prompt) or [[99, 301]] * n
     m.expectation = lambda *_: (0.0, 0.0)
     model = SimpleNamespace(config=SimpleNamespace(block_size=64))
-    m.ask(model, letters(), {}, "ab", m.SampleConfig(samples=3, max_new_tokens=4),
+    m.ask(model, letters(), "ab", m.SampleConfig(samples=3, max_new_tokens=4),
           None)
     require(asked == [[97, 98, 300]], f"sample.py asks {asked[0]}; training reads [97, 98, 300], "
             f"ANSWER at the end")
